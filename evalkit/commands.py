@@ -1,0 +1,169 @@
+"""What each command does: one function a command, from parsed options to an exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from evalkit import recipes
+from evalkit import tasks as task_folders
+from evalkit.cli import spec_from
+from evalkit.errors import InputError
+
+
+def _table(rows: Iterable[Mapping[str, Any]], as_json: bool) -> int:
+    """Rows as aligned text, or as a JSON list."""
+    found = list(rows)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1))
+        return 0
+    heads = list(found[0]) if found else []
+    lines = [heads, *([str(row[h]) for h in heads] for row in found)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return 0
+
+
+def do_run(args: Namespace) -> int:
+    from evalkit import runner
+
+    outcome = runner.resume(args.resume) if args.resume else runner.run(spec_from(args))
+    print(f"{outcome.table}\nrun: {outcome.folder}")
+    return 1 if outcome.failed or (args.strict and outcome.unhealthy) else 0
+
+
+def do_prompts(args: Namespace) -> int:
+    from evalkit import plan
+
+    planned = plan.make(spec_from(args), weights=False)
+    if not args.json:
+        for note in planned.notes:
+            print(f"# {note}")
+    for column in planned.columns:
+        for item in plan.rendered(column):
+            n_tokens = None if item.tokens is None else len(item.tokens)
+            if args.json:
+                record = {"id": item.sample.id, "column": column.column.name, "text": item.text, "n_tokens": n_tokens,
+                          "n_shots": item.n_shots, "shots_dropped": item.dropped, "group": item.sample.group,
+                          "target": item.sample.target}
+                print(json.dumps(record, ensure_ascii=False))
+            else:
+                print(f"=== {column.column.name} {item.sample.id} ({n_tokens} tokens, {item.n_shots} shots) ===")
+                print(item.text)
+    return 0
+
+
+def do_table(args: Namespace) -> int:
+    from evalkit import report, store
+
+    runs = []
+    for path in args.runs:
+        folder = store.open_run(path)
+        runs.append({**folder.read_json("run.json"), "metrics": folder.read_json("metrics.json")})
+    sys.stdout.write(report.render(report.table_from_runs(runs), args.format))
+    return 0
+
+
+def do_score(args: Namespace) -> int:
+    from evalkit import rescore
+
+    if Path(args.target).is_dir():
+        return rescore.print_run(Path(args.target), args.rules or "all", args.json)
+    if not args.task or not args.rule:
+        raise InputError("evalkit score FILE needs --task and --rule; a run folder needs neither")
+    for record in rescore.score_file(args.task, args.rule, Path(args.target)):
+        print(json.dumps(record, ensure_ascii=False))
+    return 0
+
+
+def do_data(args: Namespace) -> int:
+    from evalkit import data, plan
+
+    folders, own = plan.all_tasks(args.tasks_dir)
+    recipe = recipes.with_tasks(recipes.load(args.recipe), own)
+    record = data.get(plan.data_refs(recipes.select(recipe, args.tasks), folders), Path(args.dir),
+                      data.open_source("hub", recipe.revisions, folders))
+    print(f"{len(record)} splits in {args.dir}; use them with --data {args.dir}")
+    return 0
+
+
+def do_sandbox(args: Namespace) -> int:
+    from evalkit import sandbox
+
+    layers = sandbox.check(args.sandbox)
+    for layer in layers:
+        print(f"{'holds ' if layer.active else 'ABSENT'}  {layer.name}: {layer.proof}")
+    return 0 if all(layer.active for layer in layers) else 1
+
+
+def do_doctor(args: Namespace) -> int:
+    from evalkit import doctor
+    from evalkit import models as registry
+
+    findings = doctor.check(registry.resolve(args.model, args.format))
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.text}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def do_tasks(args: Namespace) -> int:
+    if getattr(args, "action", None) == "check":
+        from evalkit import checking
+
+        return checking.check_tasks(Path(args.names[0]))
+    recipe = recipes.load(recipes.DEFAULT)
+    folders = task_folders.find()
+    return _table(({"column": c.name, "benchmark": c.benchmark, "header": c.header, "shots": c.switches["shots"],
+                    "folder": str(folders[c.task])} for c in recipe.columns), args.json)
+
+
+def do_models(args: Namespace) -> int:
+    from evalkit import models as registry
+
+    if getattr(args, "action", None) == "prepare":
+        print(registry.resolve(args.names[0]).path)
+        return 0
+    known = registry.registry()
+    return _table(({"model": name, "format": table.get("format") or "(the tokenizer's own)",
+                    "context": table.get("context", ""), "source": table.get("hub") or table.get("path")
+                    or table.get("package", ""), "note": "weight diff: see `evalkit recover`"
+                    if table.get("checks", {}).get("weight_diff") else ""} for name, table in known.items()), args.json)
+
+
+def do_formats(args: Namespace) -> int:
+    from evalkit import formats as chat
+
+    def row(name: str) -> dict[str, Any]:
+        if name == "auto":
+            return {"format": name, "stop": "", "guard": "", "source": "the tokenizer's own chat template"}
+        found = chat.load(name)
+        return {"format": name, "stop": " ".join(found.stop), "guard": " ".join(found.guard),
+                "source": Path(found.source).name}
+
+    return _table(map(row, chat.names()), args.json)
+
+
+def do_recipes(args: Namespace) -> int:
+    action = getattr(args, "action", None)
+    if action == "show":
+        flat = recipes.flat(recipes.load(args.names[0]))
+        docs = {key: recipes.SWITCHES[key.partition(".")[2]].doc for key in flat}
+        return _table(({"switch": key, "value": json.dumps(value), "meaning": docs[key]} for key, value in flat.items()),
+                      args.json)
+    if action == "diff":
+        a, b = (recipes.flat(recipes.load(name)) for name in args.names)
+        keys = dict.fromkeys([*a, *b])
+        return _table(({"switch": key, args.names[0]: json.dumps(a.get(key)), args.names[1]: json.dumps(b.get(key))}
+                       for key in keys if a.get(key) != b.get(key)), args.json)
+    found = (recipes.load(name) for name in recipes.names())
+    return _table(({"recipe": r.name, "columns": len(r.columns), "title": r.title} for r in found), args.json)
+
+
+COMMANDS = {"run": do_run, "prompts": do_prompts, "table": do_table, "score": do_score, "tasks": do_tasks,
+            "models": do_models, "formats": do_formats, "recipes": do_recipes, "data": do_data, "sandbox": do_sandbox,
+            "doctor": do_doctor}

@@ -1,0 +1,195 @@
+"""Pairwise judging: is the model's text better than the baseline's? One interface, two judges.
+
+    {"sample": "alpaca_farm_evaluation/eval/0", "a": "baseline", "label": "B", "verdict": "model", ...}
+
+`self` asks the evaluated model for one label by `Choose`, so that each pair has a verdict; the cell is then marked
+"self-judged". `openai:MODEL@URL` asks a chat endpoint (key: OPENAI_API_KEY). Which text is (A) is a hash of the id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
+
+from evalkit.data import Source
+from evalkit.engines import Engine
+from evalkit.errors import DataError, InputError
+from evalkit.plan import ColumnPlan, Plan
+from evalkit.progress import bar
+from evalkit.prompts import Writer, request_key
+from evalkit.store import RunFolder
+from evalkit.types import Choose, Completion, Loader, Message, Prompt, Request
+
+LABELS = ("A", "B")
+TEMPLATE = (
+    "Two assistants were given the same instruction. Compare their outputs and say which one is better: more "
+    "helpful, more correct, and closer to what was asked.\n\n"
+    "[Instruction]\n{instruction}\n\n[Output A]\n{a}\n\n[Output B]\n{b}\n\n"
+    "Which output is better, A or B? Answer with the letter only."
+)
+PREFILL = "The better output is:"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One comparison and, once judged, its label and verdict (`model`, `baseline`, `draw`; `unparsed` has none)."""
+
+    sample: str
+    instruction: str
+    model: str
+    baseline: str
+    a: str  # whose text stands as (A): model or baseline
+    cut: bool = False  # the texts were cut to fit the judge's context
+    label: str = ""
+    verdict: str = ""
+
+    def prompt(self) -> str:
+        a, b = (self.model, self.baseline) if self.a == "model" else (self.baseline, self.model)
+        return TEMPLATE.format(instruction=self.instruction, a=a, b=b)
+
+    def judged(self, label: str) -> Pair:
+        other = {"model": "baseline", "baseline": "model"}[self.a]
+        return replace(self, label=label, verdict={"A": self.a, "B": other}.get(label, "unparsed"))
+
+
+class Judge(Protocol):
+    name: str
+    mark: str  # what the cell is marked with
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[Pair]: ...
+
+
+def pairs(column: ColumnPlan, load: Loader, answers: Mapping[str, Sequence[Completion]]) -> list[Pair]:
+    """The comparisons of a column's answers, error answers left out. DataError for an item without a baseline."""
+    find = column.writer.task.references
+    if find is None:
+        raise DataError(f"task {column.column.task}: kind pairwise needs `references`")
+    references, found = find(load), []
+    for sample in column.samples:
+        instruction = sample.fields["instruction"]
+        baseline = references.get(instruction.strip())
+        if baseline is None:
+            raise DataError(f"{sample.id}: no baseline output has its instruction; the reference file is of another set")
+        for answer in answers.get(sample.id, ()):
+            if answer.finish != "error":
+                first = "model" if hashlib.sha256(sample.id.encode()).digest()[0] % 2 else "baseline"
+                pair = Pair(sample.id, instruction, answer.text, baseline, first)
+                found.append(replace(pair, verdict="draw") if answer.text == baseline else pair)
+    return found
+
+
+class SelfJudge:
+    """The evaluated model as judge: prompts in its own chat format through the run's engine."""
+
+    name, mark = "self", "self-judged"
+
+    def __init__(self, writer: Writer, identity: str, limit: int, engine: Engine, folder: RunFolder) -> None:
+        assert writer.tokenizer is not None
+        self._writer, self._identity, self._limit, self._engine = writer, identity, limit, engine
+        self._tokenizer, self._folder = writer.tokenizer, folder
+        options = self._tokenizer.option_ids(LABELS, "after-blank")[0]
+        self._ask = Choose(options)
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[Pair]:
+        waiting: dict[str, list[Pair]] = {}
+        requests = {}
+        for pair in pairs:
+            fitted, tokens = self._fit(pair)
+            key = request_key(self._identity, tokens, self._ask, 0)
+            requests[key] = Request(key, f"{self._writer.column.name}.judge", pair.sample, 0, tokens, self._ask)
+            waiting.setdefault(key, []).append(fitted)
+        column = f"{self._writer.column.name}.judge"
+        known = self._folder.completions(column)
+        fresh = self._engine.complete([r for key, r in requests.items() if key not in known])
+        for completion in chain((known[key] for key in requests if key in known), fresh):
+            if completion.key not in known:
+                self._folder.append(column, completion)
+            best = max(range(len(completion.logprobs)), key=lambda i: (completion.logprobs[i], -i), default=None)
+            label = "" if best is None else LABELS[best]
+            yield from (pair.judged(label) for pair in waiting[completion.key])
+
+    def _fit(self, pair: Pair) -> tuple[Pair, Any]:
+        """The pair and its tokens, each text cut to an equal share of the context where they are too long."""
+        tokens = self._tokens(pair)
+        if len(tokens) < self._limit:
+            return pair, tokens
+        frame = len(self._tokens(replace(pair, instruction="", model="", baseline="")))
+        share = max(1, (self._limit - frame - 32) // 3)
+        texts = {name: self._tokenizer.cut(getattr(pair, name), share, bos=False)
+                 for name in ("instruction", "model", "baseline")}
+        cut = replace(pair, cut=True, **texts)
+        return cut, self._tokens(cut)
+
+    def _tokens(self, pair: Pair) -> Any:
+        text = self._writer.text(Prompt((Message("user", pair.prompt()),), PREFILL))
+        return self._tokenizer.encode(text, bos=self._writer.column.switches["bos"] == "tokenizer")
+
+
+class EndpointJudge:
+    """An OpenAI-compatible chat endpoint, asked one pair at a time, greedily. InputError when it can't be asked."""
+
+    mark = ""
+
+    def __init__(self, model: str, url: str) -> None:
+        self.name = f"openai:{model}@{url}"
+        self._model, self._url = model, url.rstrip("/") + "/chat/completions"
+        self._key = os.environ.get("OPENAI_API_KEY", "")
+
+    def judge(self, pairs: Sequence[Pair]) -> Iterator[Pair]:
+        for pair in pairs:
+            reply = self._ask(pair.prompt()).strip().strip("()[].\"'").upper()
+            yield pair.judged(reply[:1] if reply in LABELS or reply[:2] in ("A)", "B)", "A.", "B.") else "")
+
+    def _ask(self, prompt: str) -> str:
+        body = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+                "max_tokens": 8}
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                text: str = json.load(answer)["choices"][0]["message"]["content"]
+        except (OSError, urllib.error.URLError, KeyError, IndexError, ValueError, TypeError) as error:
+            raise InputError(f"--judge {self.name}: {error}; is the endpoint up and OPENAI_API_KEY set?") from None
+        return text
+
+
+def create(plan: Plan, engine: Engine | None, folder: RunFolder, length: int) -> Judge:
+    """The judge that `plan.spec.judge` names; `self` asks `engine`, whose length is `length` tokens."""
+    model, url = parse(plan.spec.judge)
+    if url:
+        return EndpointJudge(model, url)
+    assert engine is not None
+    column = next(c for c in plan.columns if c.writer.task.kind == "pairwise")
+    return SelfJudge(column.writer, ":".join(plan.parts.values()), length, engine, folder)
+
+
+def compare(judge: Judge, column: ColumnPlan, source: Source, answers: Mapping[str, Sequence[Completion]],
+            folder: RunFolder) -> dict[str, Pair]:
+    """Every pair of a column, judged, by sample; written to <column>.pairs.jsonl as well."""
+    found = pairs(column, partial(source.rows, task=column.column.task), answers)
+    done = {pair.sample: pair for pair in found if pair.verdict}
+    todo = [pair for pair in found if not pair.verdict]
+    for pair in bar(judge.judge(todo), len(todo), "judge", "pairs"):
+        done[pair.sample] = pair
+    folder.write_lines(column.column.name, "pairs", (asdict(done[s.id]) for s in column.samples if s.id in done))
+    return done
+
+
+def parse(spec: str) -> tuple[str, str]:
+    """`self` -> ("", ""); `openai:MODEL@URL` -> (MODEL, URL). InputError for another form."""
+    if spec == "self":
+        return "", ""
+    kind, _, rest = spec.partition(":")
+    model, _, url = rest.partition("@")
+    if kind != "openai" or not model or not url.startswith(("http://", "https://")):
+        raise InputError(f"--judge {spec!r}: the forms are self and openai:MODEL@URL")
+    return model, url
+

