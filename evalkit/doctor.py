@@ -54,12 +54,13 @@ class Facts:
 
 
 def check(model: models.Model) -> list[Finding]:
-    """Every finding on a local model; `ok` false means that its numbers would be wrong.
+    """Every finding on a model (fetched if it is a hub id); `ok` false means that its numbers would be wrong.
 
     A folder that can't be used at all gives the one finding that says why. Reads headers and small files alone.
     """
-    folder = Path(model.path)
     try:
+        model = models.fetch(model)
+        folder = Path(model.path)
         models.check_folder(folder)
         added, n_tokens = _vocabulary(folder)
         generation = folder / "generation_config.json"
@@ -136,7 +137,7 @@ def _rope(facts: Facts) -> Finding:
     name, checks = facts.model.name, facts.model.checks
     if "rope_theta" not in checks:  # a copy under another name: its config may still say what it is
         origin, known = config.get("_name_or_path"), models.registry()
-        name = next((n for n, table in known.items() if origin in (n, table.get("hub"))), "")
+        name = next((n for n, table in known.items() if origin and origin in (n, table.get("hub"))), "")
         checks = known.get(name, {}).get("checks", {})
     wanted = checks.get("rope_theta")
     if wanted is not None:

@@ -7,7 +7,6 @@ text as it goes into a prompt is pinned by hash: a release that only lays its fi
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -108,9 +107,11 @@ def _check(file: str, text: str, pin: str) -> None:
 
 
 def _changed(file: str) -> InputError:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        release = importlib.metadata.version("lm-eval")
-    except importlib.metadata.PackageNotFoundError:
+        release = version("lm-eval")
+    except PackageNotFoundError:
         release = "an unknown release"
     return InputError(
         f"lm_eval/tasks/{file} of the installed lm-eval ({release}) has not the exemplars of {RELEASE}, so "

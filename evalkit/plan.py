@@ -107,6 +107,7 @@ def make(spec: RunSpec, weights: bool = True) -> Plan:
     chat_format = formats.load(model.format or "auto", tokenizer.chat_template if tokenizer else None)
     loaded = {name: tasks.load(folders[name]) for name in _task_names(columns, folders)}
     source = data.open_source(spec.data, recipe.revisions, folders)
+    source.prefetch(data_refs(columns, folders))
     system = model.systems.get(spec.system, spec.system)
     cache: dict[tuple[object, ...], _Pool] = {}
     planned = []

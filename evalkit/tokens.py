@@ -19,6 +19,7 @@ from evalkit.errors import InputError, ModelError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt")
+LINES = 100_000  # encoded lines kept at most
 LLAMA = {"LlamaTokenizer", "LlamaTokenizerFast"}
 
 
@@ -26,8 +27,10 @@ class _Backend(Protocol):
     bos: int | None
     eos: int | None
     adds_bos: bool
+    added: Sequence[str]  # texts read as one token wherever they stand
 
     def encode(self, text: str) -> list[int]: ...  # no special token added; those written in the text are read
+    def encode_rest(self, text: str) -> list[int]: ...  # the same for a text that begins in the middle of a string
     def decode(self, ids: Sequence[int]) -> str: ...  # special tokens written out
     def pieces(self, ids: Sequence[int]) -> list[str]: ...
 
@@ -48,12 +51,27 @@ class Tokenizer:
         self.chat_template = _template(folder, config) if folder.is_dir() else getattr(
             self._backend, "chat_template", None)
         self.fingerprint = _fingerprint(folder, source, revision)
+        self._lines: dict[str, array[int]] = {}
+        self._cut = _safe_cut(self._backend)
 
     def encode(self, text: str, bos: bool = False) -> array[int]:
-        """Token ids of `text`; with `bos` the begin-of-sequence token if this tokenizer adds one by itself."""
-        ids = array("i", self._backend.encode(text))
-        if bos and self.adds_bos and self.bos is not None:
-            ids.insert(0, self.bos)
+        """Token ids of `text`; with `bos` the begin-of-sequence token if this tokenizer adds one by itself.
+
+        Equal to encoding the whole string, but lines seen before (exemplars) are looked up: see `_safe_cut`.
+        """
+        ids = array("i", [self.bos] if bos and self.adds_bos and self.bos is not None else [])
+        if self._cut is None:
+            ids.extend(self._backend.encode(text))
+            return ids
+        first, *rest = self._cut.split(text)
+        ids.extend(self._backend.encode(first))
+        for part in rest:
+            known = self._lines.get(part)
+            if known is None:
+                if len(self._lines) >= LINES:
+                    self._lines.clear()
+                known = self._lines[part] = array("i", self._backend.encode_rest(part))
+            ids.extend(known)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -107,7 +125,7 @@ class _SentencePiece:
             if text and text not in added:  # a token past the model's own takes the next id, as when it was added
                 known = self._model.piece_to_id(text)
                 added[text] = known if self._model.id_to_piece(known) == text else max([size - 1, *added.values()]) + 1
-        self._added = added
+        self._added, self.added = added, list(added)
         self._names = {number: text for text, number in added.items()}
         longest = sorted(added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest)) + ")") if added else None
@@ -122,6 +140,9 @@ class _SentencePiece:
             elif part:
                 ids += self._model.encode(part)
         return ids
+
+    def encode_rest(self, text: str) -> list[int]:
+        return self.encode(text)[1:]  # without the blank that sentencepiece puts before a string
 
     def decode(self, ids: Sequence[int]) -> str:
         out, run = [], []
@@ -148,11 +169,17 @@ class _Transformers:
             raise ModelError(f"no tokenizer could be read from {source}: {str(error).splitlines()[0]}") from None
         self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.chat_template = self._tokenizer.chat_template
+        self.added = list(self._tokenizer.get_added_vocab())
+        self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
         self.adds_bos = self.bos is not None and self._tokenizer("a")["input_ids"][:1] == [self.bos]
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = (self._fast.encode(text, add_special_tokens=False).ids if self._fast is not None
+                          else self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return ids
+
+    def encode_rest(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -161,6 +188,25 @@ class _Transformers:
     def pieces(self, ids: Sequence[int]) -> list[str]:
         found: list[str] = self._tokenizer.convert_ids_to_tokens(list(ids))
         return found
+
+
+def _safe_cut(backend: _Backend) -> re.Pattern[str] | None:
+    """Where a string may be cut so that its parts' ids make up the whole's: before or after a line's newline, or
+    (None) nowhere. Asked of the tokenizer itself: both sides of a cut are tried in every mixture of what a
+    pre-tokenizer tells apart, two characters deep; no pre-tokenizer in use looks further back than its own match.
+    """
+    kinds = ["a", "7", ".", "'", " ", "\n", "\t", "字", *backend.added[:2]]
+    sides = [a + b for a in kinds for b in kinds]
+    no_added = "".join(f"(?<!{re.escape(text)})" for text in backend.added)  # what follows one begins anew
+    for cut in (re.compile(rf"(?=\n)(?<=\S){no_added}"), re.compile(r"(?<=\n)(?=\S)")):
+        for text in (f"x{left}\n{right}x" for left in sides for right in sides):
+            first, *rest = cut.split(text)
+            parts = backend.encode(first) + [i for part in rest for i in backend.encode_rest(part)]
+            if parts != backend.encode(text):
+                break
+        else:
+            return cut
+    return None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def hub(tmp_path: Path) -> Path:
     (toys / "lines/a.jsonl").write_text('{"question": "one\u2028line"}\n\n{"question": "two"}\n', "utf-8")
     parquet(toys / "hard/rows", [{"question": "h?"}])
     parquet(toys / "easy/dev", [EASY[0]])
-    (toys / "list.json").write_text('[{"instruction": "é"}]', "utf-8")
+    (toys / "list.json").write_text('[{"instruction": "é", "id": 1}]', "utf-8")
     (toys / "README.md").write_text(CONFIGS)
     parquet(root / "me/plain/data/test", [{"n": 1}])
     return root
@@ -84,7 +84,7 @@ def test_folder_takes_the_files_that_its_readme_names_else_the_convention(hub: P
     source = open_source(str(hub))
     assert [r["question"] for r in source.rows(DataRef("me/toys", "lines", "test"))] == ["one\u2028line", "two"]
     assert source.rows(DataRef("me/toys", "hard", "train")) == [{"question": "h?"}]
-    assert source.rows(DataRef("me/toys", "x", "y", file="list.json")) == [{"instruction": "é"}]
+    assert source.rows(DataRef("me/toys", "x", "y", file="list.json")) == [{"instruction": "é", "id": 1}]
     assert source.rows(DataRef("me/plain", "", "test")) == [{"n": 1}]
 
 
@@ -129,7 +129,7 @@ def test_no_such_folder() -> None:
 def test_record_is_the_hash_of_the_rows_read(hub: Path) -> None:
     source = open_source(str(hub))
     source.rows(DataRef("me/toys", "x", "y", file="list.json"))
-    line = b'{"instruction":"\\u00e9"}\n'
+    line = b'{"id":1,"instruction":"\\u00e9"}\n'
     entry = {"commit": "", "rows": 1, "sha256": hashlib.sha256(line).hexdigest()}
     assert source.record() == {"me/toys/list.json": entry}
 
@@ -252,7 +252,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 @pytest.fixture
 def served(hub: Path) -> Iterator[str]:
-    """What `datasets` asks of the hub, answered from the folder; every revision is COMMIT."""
+    """What `datasets` asks of the hub, answered from the folder; every revision is COMMIT, me/gone hangs up."""
 
     class Hub(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -275,9 +275,11 @@ def served(hub: Path) -> Iterator[str]:
         def do_GET(self) -> None:
             parts = self.path.partition("?")[0].strip("/").split("/")
             parts = parts[1:] if parts[0] == "api" else parts
-            home, (what, _, *rest) = hub.joinpath(*parts[1:3]), (*parts[3:], "", "")[: max(len(parts) - 3, 2)]
-            path = home.joinpath(*rest)
-            if not home.is_dir():
+            home, what = hub.joinpath(*parts[1:3]), "".join(parts[3:4])
+            path = home.joinpath(*parts[5:])  # datasets/me/toys/resolve/COMMIT/easy/...
+            if "gone" in self.path:
+                self.close_connection = True  # without an answer
+            elif not home.is_dir():
                 self.answer(None, X_Error_Code="RepoNotFound")
             elif what == "revision":
                 self.answer(json.dumps({"id": "/".join(parts[1:3]), "sha": COMMIT, "siblings": []}).encode())
@@ -338,14 +340,16 @@ def test_the_hub_its_cache_and_its_absence(hub: Path, served: str, tmp_path: Pat
     easy, file = ["me/toys", "easy", "test"], ["me/toys", "x", "y", "list.json"]
     asked = [(easy, {}), (file, {}), (easy, {"me/toys": COMMIT})]
     other = [(easy, {"me/toys": "f" * 40}), (easy, {"me/toys": "v1"}), (file, {"me/toys": "f" * 40})]
+    uncached = [(["me/plain", "", "test"], {}), (["me/plain", "", "test", "list.json"], {})]
     wrong = [(["me/toys", "esy", "test"], {}), (["me/toys", "easy", "tset"], {}), (["me/toy", "x", "y"], {})]
+    gone = [(["me/gone", "", "test"], {}), (["me/gone", "", "test", "list.json"], {})]
     folder = open_source(str(hub))
     for ref in (easy, file):
         folder.rows(DataRef(*ref))
     same = folder.record()
 
-    online = read(tmp_path / "full", [*asked, *wrong], HF_ENDPOINT=served)
-    offline = read(tmp_path / "full", asked + other, HF_HUB_OFFLINE="1")
+    online = read(tmp_path / "full", asked + wrong + gone, HF_ENDPOINT=served)
+    offline = read(tmp_path / "full", asked + other + uncached, HF_HUB_OFFLINE="1")
     assert online[:3] == offline[:3]
     for (rows, record), ref in zip(online, (easy, file, easy), strict=False):
         assert rows == folder.rows(DataRef(*ref))
@@ -359,11 +363,8 @@ def test_the_hub_its_cache_and_its_absence(hub: Path, served: str, tmp_path: Pat
     assert offline[3].startswith(f"me/toys/easy/test: HF_HOME has commit {COMMIT}, revision '{'f' * 40}'")
     assert "revision 'v1' is a name that cannot be looked up offline" in offline[4]
 
-    refused = [
-        offline[5],
-        *read(tmp_path / "empty", [(easy, {}), (file, {})], HF_HUB_OFFLINE="1"),
-        *read(tmp_path / "full", [(easy, {}), (file, {})], HF_ENDPOINT="http://127.0.0.1:9"),
-    ]
+    refused = offline[5:] + online[6:]
+    assert len(refused) == 5
     for line in refused:
         assert "\n" not in line
         for word in ("`--data DIR`", "`evalkit data get DIR`", "HF_HOME"):

@@ -34,8 +34,8 @@ CASES = [
      "S USER: Q1 ASSISTANT:"),
     ("airoboros", f"{CARD} USER: Q1 ASSISTANT: ", f"{CARD} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: ",
      "S USER: Q1 ASSISTANT: "),
-    ("airoboros-fastchat", f"{FASTCHAT} USER: Q1 ASSISTANT:", f"{FASTCHAT} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
-     "S USER: Q1 ASSISTANT:"),
+    ("airoboros-fastchat", f"{FASTCHAT} USER: Q1 ASSISTANT:",
+     f"{FASTCHAT} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:", "S USER: Q1 ASSISTANT:"),
     ("none", "Q1", "Q1\nA1\nQ2", "S\nQ1"),
 ]
 
@@ -77,9 +77,9 @@ def test_stops_guards_and_special_tokens():
 
 
 SMOLLM = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-          "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
-          "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-          "{{ '<|im_start|>assistant\n' }}{% endif %}")
+          "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+          "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 ODD = """{{ bos_token }}
   {%- for m in messages %}
     {% generation %}{{ m | tojson }}{% endgeneration %}
@@ -137,7 +137,8 @@ def test_a_users_bad_file(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("text", [
-    "{{ raise_exception('roles must alternate') }}", "{{ messages.x.y }}", "{{ ''.__class__.__mro__ }}", "{{ 1 + 'a' }}",
+    "{{ raise_exception('roles must alternate') }}", "{{ messages.x.y }}",
+    "{{ ''.__class__.__mro__ }}", "{{ 1 + 'a' }}",
 ])
 def test_an_error_while_rendering(tmp_path, text):
     path = tmp_path / "bad.jinja"

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from evalkit.extract import STATED
+from evalkit.extract import STATED, kind_of
 from evalkit.rescore import score_file
+from evalkit.scoring import score_sample
 from evalkit.stats import pass_at_k
+from evalkit.types import Completion, Sample
 
 MODELS = (
     "OpenAssistant--codellama-13b-oasst-sft-v10", "lmsys--vicuna-33b-v1.3", "meta-llama--Llama-2-13b-chat-hf",
@@ -174,3 +176,31 @@ def test_humaneval_pass_at_k_from_the_flags(shared, tmp_path):
         [published, math.fsum(ones) / 164, sum(c > 0 for c in right.values()) / 164], abs=1e-12
     )
     assert pass_at_k(10, 0, 10) == 0.0 and len(right) == 164
+
+
+# ---- the gold answers of the real data, fed back
+
+
+FORMS = ["{}", "Well: 3 + 4 = 7, Yes or (A)?\nSo the answer is {}.", "**Answer:** {}\n\nQ: And {}?"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_strict_reads_every_gold_answer_of_bbh_and_gsm(form, shared):
+    from pyarrow.parquet import read_table
+
+    hub, kinds = shared / "data/hub", {}
+    rows = [("bbh", path.parent.name, row["target"]) for path in sorted(hub.glob("SaylorTwift/bbh/*/test-*.parquet"))
+            for row in read_table(path).to_pylist()]
+    gsm = read_table(next(hub.glob("openai/gsm8k/main/test-*.parquet"))).to_pylist()
+    rows += [("gsm", "", row["answer"].rpartition("####")[2].strip()) for row in gsm]
+    assert len(rows) == 6511 + 1319
+    for benchmark, group, gold in rows:
+        sample = Sample("s", {}, (gold,), group=group)
+        done = [Completion("k", form.format(gold, "another"))]
+        score = score_sample("exact", sample, done, {"benchmark": benchmark, "rule": "strict"})
+        assert (score.status, score.value) == ("scored", 1.0), (group, gold, score.answer)
+        if benchmark == "bbh":
+            kinds.setdefault(group, Counter())[kind_of(sample)] += 1
+    mixed = {group: counts for group, counts in kinds.items() if len(counts) > 1}
+    assert mixed == {"movie_recommendation": {"letter": 249, "words": 1}, "ruin_names": {"letter": 248, "words": 2}}
+    assert len(kinds) == 27 and sum(counts["letter"] > 0 for counts in kinds.values()) == 17

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from evalkit import recover as module
 from evalkit.errors import ModelError
-from evalkit.models import is_weight_diff
+from evalkit.models import check_folder, is_weight_diff
 from evalkit.recover import recover
 from evalkit.weights import read, tensors
 
@@ -203,3 +205,53 @@ def test_a_diff_is_told_by_its_weights(tmp_path, pair):
     assert is_weight_diff(diff)
     assert not is_weight_diff(raw)
     assert not is_weight_diff(recover(raw, diff, tmp_path / "out"))
+
+
+def llama(folder: Path, rows: int, change: float, tokenizer: Path | None):
+    """A small random Llama of a form that vLLM runs; `change` is the size of what tuning did to its weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=32000, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+                         num_attention_heads=2, max_position_embeddings=2048, initializer_range=0.2)
+    model = LlamaForCausalLM(config)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if rows > 32000:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        state = {name: torch.cat([value, value.mean(0, keepdim=True)]) if len(value) == 32000 else value
+                 for name, value in state.items()}
+    model.load_state_dict({name: value + change * torch.randn(value.shape) for name, value in state.items()})
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        for file in tokenizer.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return model.state_dict(), state
+
+
+@pytest.mark.real
+def test_the_engine_says_the_same_from_both(tmp_path, shared):
+    """Base + diff through `evalkit run --model tulu-7b=DIR`, with LLaMA's tokenizer and real vLLM."""
+    pytest.importorskip("vllm")
+    from safetensors.torch import save_file
+
+    tokenizer = shared / "data/tokenizers/tulu"
+    llama(tmp_path / "raw", 32000, 0.0, None)
+    tuned, grown = llama(tmp_path / "tuned", 32001, 0.02, tokenizer)
+    (tmp_path / "diff").mkdir()
+    for file in (tmp_path / "tuned").iterdir():
+        (tmp_path / "diff" / file.name).write_bytes(file.read_bytes())
+    save_file({name: value - grown[name] for name, value in tuned.items()}, tmp_path / "diff" / "model.safetensors")
+    with pytest.raises(ModelError, match="a weight diff and no model"):
+        check_folder(tmp_path / "diff")
+    recover(tmp_path / "raw", tmp_path / "diff", tmp_path / "recovered")
+    answers = []
+    for name in ("tuned", "recovered"):
+        done = subprocess.run(
+            [sys.executable, "-m", "evalkit.cli", "run", "--model", f"tulu-7b={tmp_path / name}",
+             "--tasks", "tydiqa_cb", "--data", "sample", "--limit", "2", "--name", "once",
+             "--out", str(tmp_path / "results"), "--engine-args", "dtype=float32"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / "results" / name / "once" / "tydiqa_cb.completions.jsonl").read_text().splitlines()
+        answers.append(sorted(json.loads(line)["text"] for line in lines))
+    assert len(answers[0]) == 2 and all(answers[0])
+    assert answers[0] == answers[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,8 @@ def prepare(name: str) -> str:
     name = resolve(name)
     if name == "vllm":
         importlib.import_module("evalkit.engines.vllm_start").set_environment()
+    elif name == "hf" and not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # 10 times faster where cores are shared
     return name
 
 

