@@ -96,7 +96,9 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument("target", metavar="RUN|FILE", help="a run folder, or with --task a file of JSON lines")
     p.add_argument("--task", default="", metavar="T", help="column or benchmark of FILE's answers")
     p.add_argument("--rule", default="", metavar="R", help="rule for FILE's answers")
-    p.add_argument("--rules", default="", metavar="LIST", help="rules to set side by side over RUN, or all")
+    p.add_argument("--rules", default="all", metavar="LIST", help="rules to set side by side over RUN (default all)")
+    p.add_argument("--tokenizer", default="", metavar="DIR", help="tokenizer of FILE's token-level stops")
+    p.add_argument("--sandbox", default="auto", metavar="LEVEL", help="for FILE's programs: auto, bwrap, kernel, process")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
 
 

@@ -73,12 +73,39 @@ def do_score(args: Namespace) -> int:
     from evalkit import rescore
 
     if Path(args.target).is_dir():
-        return rescore.print_run(Path(args.target), args.rules or "all", args.json)
+        return _score_run(args)
     if not args.task or not args.rule:
         raise InputError("evalkit score FILE needs --task and --rule; a run folder needs neither")
-    for record in rescore.score_file(args.task, args.rule, Path(args.target)):
+    for record in rescore.score_file(args.task, args.rule, Path(args.target), args.tokenizer, args.sandbox):
         print(json.dumps(record, ensure_ascii=False))
     return 0
+
+
+def _score_run(args: Namespace) -> int:
+    """Every rule over a run's stored answers, a line a column, then the samples on which the rules differ."""
+    from evalkit import results, store
+
+    folder = store.open_run(args.target)
+    wanted = () if args.rules in ("", "all") else tuple(args.rules.split(","))
+    compared = list(results.compare_rules(folder, wanted))
+    if args.json:
+        for column, values, changed in compared:
+            print(json.dumps({"column": column, "values": values, "changed": changed}, ensure_ascii=False))
+        return 0
+    rules = list(dict.fromkeys(rule for _, values, _ in compared for rule in values))
+    _table(({"column": column, **{r: report_percent(values.get(r)) for r in rules}, "changed": len(changed)}
+            for column, values, changed in compared), False)
+    for column, _, changed in compared:
+        for sample, verdicts in changed.items():
+            shown = "; ".join(f"{rule}: {v['value']:g} ({v['answer'][:40]!r})" for rule, v in verdicts.items())
+            print(f"{column} {sample}: {shown}")
+    return 0
+
+
+def report_percent(value: float | None) -> str:
+    from evalkit import report
+
+    return "" if value is None else report.percent(value)
 
 
 def do_data(args: Namespace) -> int:
@@ -164,6 +191,15 @@ def do_recipes(args: Namespace) -> int:
     return _table(({"recipe": r.name, "columns": len(r.columns), "title": r.title} for r in found), args.json)
 
 
+def do_recover(args: Namespace) -> int:
+    from evalkit import progress, recover
+
+    with progress.stages() as tell:
+        out = recover.recover(Path(args.raw), Path(args.diff), Path(args.out), args.dtype, tell)
+    print(f"{out}: the recovered model; hashes of inputs and outputs stand in {out / 'recovery.json'}")
+    return 0
+
+
 COMMANDS = {"run": do_run, "prompts": do_prompts, "table": do_table, "score": do_score, "tasks": do_tasks,
             "models": do_models, "formats": do_formats, "recipes": do_recipes, "data": do_data, "sandbox": do_sandbox,
-            "doctor": do_doctor}
+            "doctor": do_doctor, "recover": do_recover}

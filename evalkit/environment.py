@@ -36,7 +36,7 @@ def run_name(spec: RunSpec) -> str:
 def describe(plan: Plan) -> dict[str, Any]:
     """All of run.json that is known before the engine starts."""
     columns = [{"name": c.column.name, "benchmark": c.column.benchmark, "header": c.column.header,
-                "samples": len(c.samples), "draw": c.n_draw, "switches": dict(c.column.switches)}
+                "task": c.column.task, "kind": c.writer.task.kind, "samples": len(c.samples), "draw": c.n_draw, "switches": dict(c.column.switches)}
                for c in plan.columns]
     return {
         "status": "running",
@@ -68,7 +68,8 @@ def spec_of(run_json: Mapping[str, Any], where: str) -> RunSpec:
     if not stored or unknown:
         raise InputError(f"{where}/run.json: not a run of this release of evalkit"
                          + (f" (unknown: {', '.join(sorted(unknown))})" if unknown else ""))
-    return RunSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+    return RunSpec(**given)
 
 
 def compare(before: Mapping[str, Any], plan: Plan, say: Callable[[str], None]) -> None:

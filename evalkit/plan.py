@@ -99,7 +99,7 @@ def make(spec: RunSpec, weights: bool = True) -> Plan:
     folders, own = all_tasks(spec.tasks_dir)
     recipe = recipes.with_sets(recipes.with_tasks(recipes.load(spec.recipe), own), spec.sets)
     columns = recipes.select(recipe, spec.tasks)
-    model = models.resolve(spec.model, spec.format, weights or not spec.tokenizer)
+    model = models.resolve(spec.model, spec.format, ready=weights or not spec.tokenizer)
     if weights:
         model = models.fetch(model)
         models.check_folder(Path(model.path), tokenizer=not spec.tokenizer)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from evalkit.types import Completion
 
@@ -18,6 +19,30 @@ EVERY = 15.0  # seconds between plain lines
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, total) that shows work of several stages, counted in bytes."""
+    bars: dict[str, Any] = {}
+    last = [0.0]
+
+    def tell(what: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            if what not in bars:
+                bars[what] = tqdm(total=total, desc=what, unit="B", unit_scale=True)
+            bars[what].update(done - bars[what].n)
+        elif time.monotonic() - last[0] >= EVERY or done == total:
+            last[0] = time.monotonic()
+            say(f"{what}: {done / 2**20:.0f} of {total / 2**20:.0f} MiB")
+
+    try:
+        yield tell
+    finally:
+        for shown in bars.values():
+            shown.close()
 
 
 def bar(items: Iterable[T], total: int, what: str, unit: str = "requests") -> Iterator[T]:

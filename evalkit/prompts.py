@@ -104,7 +104,7 @@ def stops(writer: Writer) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
     if writer.format.chat:
         texts += writer.format.guard if switches["guard"] else ()
         for text in writer.format.stop:
-            ids = tokenizer.encode(text) if tokenizer is not None else ()
+            ids = list(tokenizer.encode(text)) if tokenizer is not None else []
             if len(ids) != 1:
                 texts.append(text)
             elif tokenizer is not None and ids[0] != tokenizer.eos:

@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from evalkit import judge as judging
-from evalkit import report, scoring
+from evalkit import report, rescore, scoring
 from evalkit.plan import ColumnPlan, Plan
 from evalkit.progress import bar
 from evalkit.sandbox import Program, Sandbox, Verdict
 from evalkit.scoring import code, pairwise
 from evalkit.store import RunFolder
-from evalkit.types import Completion, Metric, Score
+from evalkit.types import Column, Completion, Metric, Sample, Score
 
 Answers = Mapping[str, Sequence[Completion]]  # sample id -> its completions by index
 
@@ -66,6 +66,28 @@ def measure(column: ColumnPlan, scores: Sequence[Score], answers: Answers, marks
     part = report.partial_mark(len(column.samples), column.n_draw, groups, column.n_groups if by_group else 0)
     completions = [c for own in answers.values() for c in own]
     return report.metric(column.column, scores, completions, len(column.samples), (*((part,) if part else ()), *marks))
+
+
+def compare_rules(folder: RunFolder, rules: Sequence[str]) -> Iterator[tuple[str, dict[str, float | None], dict[str, Any]]]:
+    """(column, rule -> value, sample -> rule -> verdict where they differ) of a run's stored answers, without its
+    data or model; columns whose answers are not read by a rule (code, pairwise) are left out."""
+    for known in folder.read_json("run.json")["recipe"]["columns"]:
+        column = Column(known["name"], known["benchmark"], known["header"], known["task"], known["switches"])
+        names = rescore.rule_names(known["kind"], column.benchmark)
+        if not names:
+            continue
+        found, samples, answers = folder.completions(column.name), [], {}
+        for line in folder.lines(column.name, "requests"):
+            samples.append(Sample(line["sample"], line["fields"], tuple(line["target"]), tuple(line["options"]),
+                                  line["group"]))
+            missing = Completion(line["key"], finish="error", error="no answer in the run folder")
+            answers[line["sample"]] = [found.get(line["key"], missing)]
+        own = [name for name in rules or names if name in names]
+        compared = rescore.score_answers(known["kind"], column, samples, answers, own)
+        values = {rule: report.metric(column, scores, [], len(samples)).value for rule, scores in compared.scores.items()}
+        changed = {row[0].sample: {rule: {"value": s.value, "answer": s.answer} for rule, s in zip(own, row, strict=True)}
+                   for row in compared.changed}
+        yield column.name, values, changed
 
 
 def write(plan: Plan, folder: RunFolder, metrics: Mapping[str, Metric], run: dict[str, Any]) -> str:

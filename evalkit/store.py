@@ -80,7 +80,8 @@ class RunFolder:
                 if record is None or "key" not in record:
                     bad += line.strip() != b""
                     continue
-                known = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k in _FIELDS}
+                known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
+                                         for k, v in record.items() if k in _FIELDS}
                 if record["key"] not in found or found[record["key"]].finish == "error":
                     found[record["key"]] = Completion(**known)
         if bad:
@@ -152,7 +153,9 @@ def request_record(request: Request, item: Rendered) -> dict[str, Any]:
     record = {"key": request.key, "sample": request.sample, "index": request.index, "n_tokens": len(request.tokens),
               "n_shots": item.n_shots, "shots_dropped": item.dropped, "ask": how, "text": item.text}
     if request.index == 0:  # what scoring needs, so that a run can be scored again without the data
-        record |= {"group": item.sample.group, "target": item.sample.target, "options": item.sample.options}
+        fields = {k: v for k, v in item.sample.fields.items() if k in ("question", "input", "choices")}
+        record |= {"group": item.sample.group, "target": item.sample.target, "options": item.sample.options,
+                   "fields": fields}
     return record
 
 

@@ -24,11 +24,14 @@ LLAMA = {"LlamaTokenizer", "LlamaTokenizerFast"}
 
 
 class _Backend(Protocol):
-    bos: int | None
-    eos: int | None
-    adds_bos: bool
-    added: Sequence[str]  # texts read as one token wherever they stand
-
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int | None: ...
+    @property
+    def adds_bos(self) -> bool: ...
+    @property
+    def added(self) -> Sequence[str]: ...  # texts read as one token wherever they stand
     def encode(self, text: str) -> list[int]: ...  # no special token added; those written in the text are read
     def encode_rest(self, text: str) -> list[int]: ...  # the same for a text that begins in the middle of a string
     def decode(self, ids: Sequence[int]) -> str: ...  # special tokens written out
@@ -129,7 +132,8 @@ class _SentencePiece:
         self._names = {number: text for text, number in added.items()}
         longest = sorted(added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest)) + ")") if added else None
-        self.bos, self.eos = self._model.bos_id(), self._model.eos_id()
+        self.bos: int = self._model.bos_id()
+        self.eos: int = self._model.eos_id()
         self.adds_bos = bool(config.get("add_bos_token", True))
 
     def encode(self, text: str) -> list[int]:
@@ -145,7 +149,8 @@ class _SentencePiece:
         return self.encode(text)[1:]  # without the blank that sentencepiece puts before a string
 
     def decode(self, ids: Sequence[int]) -> str:
-        out, run = [], []
+        out: list[str] = []
+        run: list[int] = []
         for number in [*ids, -1]:
             if number in self._names or number < 0:
                 out.append(self._model.decode(run) if run else "")
@@ -167,7 +172,8 @@ class _Transformers:
             self._tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or None)
         except (OSError, ValueError) as error:
             raise ModelError(f"no tokenizer could be read from {source}: {str(error).splitlines()[0]}") from None
-        self.bos, self.eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.bos: int | None = self._tokenizer.bos_token_id
+        self.eos: int | None = self._tokenizer.eos_token_id
         self.chat_template = self._tokenizer.chat_template
         self.added = list(self._tokenizer.get_added_vocab())
         self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
@@ -182,12 +188,10 @@ class _Transformers:
         return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        found: list[str] = self._tokenizer.convert_ids_to_tokens(list(ids))
-        return found
+        return [str(piece) for piece in self._tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def _safe_cut(backend: _Backend) -> re.Pattern[str] | None:

@@ -96,7 +96,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The verdict on one sample. `value` is a share, 0 to 1, and None exactly when `status` is `failed`."""
+    """The verdict on one sample. `value` is a share, 0 to 1; None when `status` is `failed`, and for a comparison
+    whose judge's reply said nothing (`unparsed`), which is dropped from the count as the original does."""
 
     sample: str
     status: str  # scored, unparsed (counts as `value` says, normally 0) or failed (no value)

@@ -249,7 +249,8 @@ def test_the_engine_says_the_same_from_both(tmp_path, shared):
         done = subprocess.run(
             [sys.executable, "-m", "evalkit.cli", "run", "--model", f"tulu-7b={tmp_path / name}",
              "--tasks", "tydiqa_cb", "--data", "sample", "--limit", "2", "--name", "once",
-             "--out", str(tmp_path / "results"), "--engine-args", "dtype=float32"], capture_output=True, text=True, check=False)
+             "--out", str(tmp_path / "results"), "--engine-args", "dtype=float32"],
+            capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
         lines = (tmp_path / "results" / name / "once" / "tydiqa_cb.completions.jsonl").read_text().splitlines()
         answers.append(sorted(json.loads(line)["text"] for line in lines))

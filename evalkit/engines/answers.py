@@ -46,6 +46,9 @@ def refuse(request: Request, max_model_len: int, vocabulary: int) -> Completion 
     if not len(tokens):
         return Completion(request.key, finish="error", error="the prompt has no tokens")
     options = ask.options if isinstance(ask, Choose) else ()
+    if isinstance(ask, Generate) and ask.max_tokens < 1:
+        return Completion(request.key, finish="error", n_prompt=len(tokens),
+                          error=f"max_tokens is {ask.max_tokens}: nothing is asked for")
     for ids in (tokens, *options):
         if min(ids) < 0 or max(ids) >= vocabulary:
             return Completion(request.key, finish="error", n_prompt=len(tokens),

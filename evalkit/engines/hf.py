@@ -91,11 +91,8 @@ class HuggingFace:
                     yield refused
                 else:
                     able.append(request)
-            able.sort(key=_likeness)
-            for kind in (Generate, Choose):
-                same = [request for request in able if isinstance(request.ask, kind)]
-                for at in range(0, len(same), self._size):
-                    yield from self._guarded(same[at:at + self._size])
+            for batch in _alike(able, self._size):
+                yield from self._guarded(batch)
 
     def close(self) -> None:
         del self._model
@@ -109,7 +106,7 @@ class HuggingFace:
         try:
             with quiet(self._log), self._torch.inference_mode():
                 return self._generate(batch) if isinstance(batch[0].ask, Generate) else self._choose(batch)
-        except RuntimeError as fault:  # torch's base, out of memory among them
+        except FAULTS as fault:  # out of memory is a RuntimeError
             if len(batch) > 1:
                 return [completion for request in batch for completion in self._guarded([request])]
             return [Completion(batch[0].key, finish="error", n_prompt=len(batch[0].tokens),
@@ -199,7 +196,17 @@ class _Rows:
         return self._torch.tensor(self._over, device=ids.device)
 
 
-def _likeness(request: Request) -> tuple[int, int]:
-    """Requests of like length go together, the longest answers first: little padding, few rows waiting."""
-    tokens = request.ask.max_tokens if isinstance(request.ask, Generate) else 0
-    return -tokens, -len(request.tokens)
+def _alike(requests: Iterable[Request], size: int) -> list[list[Request]]:
+    """Batches of one kind and of like length, the longest answers first: few rows wait, little is padding."""
+    def room(request: Request) -> int:
+        return request.ask.max_tokens if isinstance(request.ask, Generate) else 0
+
+    batches: list[list[Request]] = []
+    for request in sorted(requests, key=lambda r: (-room(r), -len(r.tokens))):
+        first = batches[-1][0] if batches else request
+        like = (room(first) > 0) == (room(request) > 0) and len(first.tokens) <= 2 * len(request.tokens) + 64
+        if batches and like and len(batches[-1]) < size:
+            batches[-1].append(request)
+        else:
+            batches.append([request])
+    return batches
