@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _run(commands.add_parser("run", help="evaluate a model: prompts, answers, scores, table"))
     _prompts(commands.add_parser("prompts", help="print what would be sent; starts no engine"))
+    _stats(commands.add_parser("stats", help="token statistics of the prompts, by column and group"))
     table = commands.add_parser("table", help="the paper-style table of finished runs")
     table.add_argument("runs", nargs="+", metavar="RUN", help="run folder: results/<model>/<run>")
     table.add_argument("--format", default="md", metavar="F", help="md (default), csv, json, latex or html")
@@ -80,6 +81,7 @@ def _run(p: argparse.ArgumentParser) -> None:
     how.add_argument("--answers", default="", metavar="FILE", help="recorded answers for --engine replay")
     how.add_argument("--judge", default="self", metavar="J", help="self (default) or openai:MODEL@URL")
     how.add_argument("--sandbox", default="auto", metavar="LEVEL", help="auto (default), bwrap, kernel or process")
+    how.add_argument("--allow", default="", metavar="RULES", help="run in spite of these lint errors, by commas")
     how.add_argument("--strict", action="store_true", help="exit 1 when a cell is unhealthy")
     out = p.add_argument_group("where to")
     out.add_argument("--out", default="results", metavar="DIR", help="results folder (default results)")
@@ -88,6 +90,16 @@ def _run(p: argparse.ArgumentParser) -> None:
 
 
 def _prompts(p: argparse.ArgumentParser) -> None:
+    _common(p)
+    only = p.add_argument_group("instead of the texts").add_mutually_exclusive_group()
+    only.add_argument("--lint", action="store_true",
+                      help="what is wrong with the prompts, a line a finding; exit 2 where a run would be refused")
+    only.add_argument("--show", default="", metavar="ID", help="one sample's prompts as text and as tokens")
+    p.add_argument("--allow", default="", metavar="RULES", help="with --lint: as for `evalkit run`")
+    p.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _stats(p: argparse.ArgumentParser) -> None:
     _common(p)
     p.add_argument("--json", action="store_true", help="one JSON object a line")
 
@@ -138,7 +150,7 @@ def spec_from(args: argparse.Namespace) -> RunSpec:
     """The RunSpec of parsed options. InputError for --ids @FILE that can't be read and --engine-args without =."""
     from pathlib import Path
 
-    ids = args.ids
+    ids = getattr(args, "show", "") or args.ids
     if ids.startswith("@"):
         try:
             ids = Path(ids[1:]).read_text(encoding="utf-8")
@@ -157,13 +169,19 @@ def spec_from(args: argparse.Namespace) -> RunSpec:
                                                  "system", "tasks_dir")}
     if args.command == "run":
         fields |= {key: getattr(args, key) for key in ("engine", "out", "name", "judge", "sandbox")}
-    return RunSpec(**fields, ids=names, engine_args=given, sets=tuple(args.sets))
+    options = {"allow": args.allow} if getattr(args, "allow", "") else {}
+    if options:
+        from evalkit import lint
+
+        lint.allowed(options)
+    return RunSpec(**fields, ids=names, engine_args=given, sets=tuple(args.sets), options=options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     signal.signal(signal.SIGTERM, _terminated)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on configurations is not for our users
     try:
         if argv[:1] == ["run"] and "--resume" in argv and "--model" not in argv:
             argv = [*argv, "--model", ""]

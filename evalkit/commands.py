@@ -38,9 +38,14 @@ def do_run(args: Namespace) -> int:
 
 
 def do_prompts(args: Namespace) -> int:
-    from evalkit import plan
+    from evalkit import lint, plan, tokenstats
 
     planned = plan.make(spec_from(args), weights=False)
+    if args.lint:
+        return lint.print_findings(planned, args.json)
+    if args.show and not args.json:
+        print("\n".join(tokenstats.show(planned)))
+        return 0
     if not args.json:
         for note in planned.notes:
             print(f"# {note}")
@@ -56,6 +61,12 @@ def do_prompts(args: Namespace) -> int:
                 print(f"=== {column.column.name} {item.sample.id} ({n_tokens} tokens, {item.n_shots} shots) ===")
                 print(item.text)
     return 0
+
+
+def do_stats(args: Namespace) -> int:
+    from evalkit import plan, tokenstats
+
+    return tokenstats.print_stats(plan.make(spec_from(args), weights=False), args.json)
 
 
 def do_table(args: Namespace) -> int:
@@ -200,6 +211,6 @@ def do_recover(args: Namespace) -> int:
     return 0
 
 
-COMMANDS = {"run": do_run, "prompts": do_prompts, "table": do_table, "score": do_score, "tasks": do_tasks,
+COMMANDS = {"run": do_run, "prompts": do_prompts, "stats": do_stats, "table": do_table, "score": do_score, "tasks": do_tasks,
             "models": do_models, "formats": do_formats, "recipes": do_recipes, "data": do_data, "sandbox": do_sandbox,
             "doctor": do_doctor, "recover": do_recover}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from evalkit import engines, store
 from evalkit.engines import Engine, EngineSpec
+from evalkit.lint import Finding, Linter, allowed, refuse
 from evalkit.plan import ColumnPlan, Plan
 from evalkit.progress import bar, say
 from evalkit.store import RunFolder
@@ -27,31 +28,36 @@ class Work:
     keys: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # column -> sample id -> keys by index
     max_tokens: Mapping[str, int] = field(default_factory=dict)  # column -> what the recipe allows
     length: int = 1  # the longest prompt with its answer, in tokens
-    notes: list[str] = field(default_factory=list)
+    lint: list[Finding] = field(default_factory=list)
 
 
 def requests(planned: Plan, folder: RunFolder) -> Work:
-    """Plan every request, write them down, and settle those that the recipe keeps from the engine."""
+    """Plan every request, write them down, and settle those that the recipe keeps from the engine.
+
+    InputError where the lint finds what makes numbers wrong and --allow does not name it.
+    """
+    linter = Linter(planned.context)
     todo = Work(max_tokens={c.column.name: c.column.switches["max_tokens"] for c in planned.columns})
     for column in planned.columns:
-        folder.write_lines(column.column.name, "requests", _column(planned, column, todo))
+        folder.write_lines(column.column.name, "requests", _column(planned, column, todo, linter))
+    todo.lint = linter.findings(allowed(planned.spec.options))
+    refuse(todo.lint)
     return todo
 
 
-def _column(planned: Plan, column: ColumnPlan, todo: Work) -> Iterator[dict[str, object]]:
+def _column(planned: Plan, column: ColumnPlan, todo: Work, linter: Linter) -> Iterator[dict[str, object]]:
     name, over, context = column.column.name, column.column.switches["over_context"], planned.context
     keys = todo.keys[name] = {sample.id: [] for sample in column.samples}
-    dropped = beyond = refused = 0
     for item, request in planned.requests(column):
         keys[request.sample].append(request.key)
         yield store.request_record(request, item)
-        dropped += bool(item.dropped and request.index == 0)
+        if request.index == 0:
+            linter.see(column.writer, item)
         new = request.ask.max_tokens if isinstance(request.ask, Generate) else 1
         room = context - len(request.tokens)
         if new > room and over == "extend":
-            beyond += 1
+            pass  # the engine is made long enough
         elif room < 1:
-            refused += 1
             error = f"the prompt has {len(request.tokens)} tokens, the model's context {context}"
             todo.settled[request.key] = (Completion(request.key, finish="error", error=error) if over == "fail"
                                          else Completion(request.key, finish="context"))
@@ -63,11 +69,6 @@ def _column(planned: Plan, column: ColumnPlan, todo: Work) -> Iterator[dict[str,
             todo.length = max(todo.length, len(request.tokens) + new)
         if name not in wanting:
             wanting.append(name)
-    todo.notes += [f"{name}: {text}" for text in (
-        f"shots dropped in {dropped} prompts to fit {column.column.switches['fit_tokens']} tokens" if dropped else "",
-        f"{beyond} requests may run past the context of {context} tokens, as the original's did" if beyond else "",
-        f"{refused} prompts over the context of {context} tokens counted as "
-        f"{'failed' if over == 'fail' else 'empty'}" if refused else "") if text]
 
 
 def unanswered(todo: Work, folder: RunFolder) -> list[Request]:

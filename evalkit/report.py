@@ -140,13 +140,9 @@ def average(metrics: Mapping[str, Metric], columns: Sequence[Column], benchmarks
 
 
 def _average_marks(columns: Sequence[Column], metrics: Mapping[str, Metric]) -> tuple[str, ...]:
-    """`partial` where every column has a mark of that kind, else `unhealthy: GSM CoT, BBH CoT`."""
-    heads: dict[str, list[str]] = {}
-    for c in columns:
-        own = metrics[c.name].marks if c.name in metrics else ()
-        for kind in dict.fromkeys(mark.split(":")[0] for mark in own):
-            heads.setdefault(kind, []).append(c.header)
-    return tuple(k if len(h) == len(metrics) else f"{k}: {', '.join(h)}" for k, h in heads.items())
+    """The kinds of its columns' marks: `partial`, `unhealthy`, `self-judged`; which columns, their own cells say."""
+    own = [mark.split(":")[0] for c in columns if c.name in metrics for mark in metrics[c.name].marks]
+    return tuple(dict.fromkeys(own))
 
 
 def metrics_to_json(metrics: Mapping[str, Metric], average: Metric) -> dict[str, Any]:
@@ -257,7 +253,7 @@ def _short(share: float) -> str:
 def render(table: Table, fmt: str, width: int | None = None) -> str:
     """The table, a row a run, as one of FORMATS. `width` (md): in tables that fit a terminal that wide.
 
-    csv has a header, one line a run and nothing else; json shares, intervals, health, marks and notes.
+    csv has a header and one line a run, its last column naming the unhealthy cells; json shares, intervals, health, marks and notes.
     """
     if fmt not in FORMATS:
         raise UnknownName("table format", fmt, FORMATS)
@@ -267,10 +263,12 @@ def render(table: Table, fmt: str, width: int | None = None) -> str:
         return json.dumps({"columns": columns, "rows": rows}, ensure_ascii=False, indent=1) + "\n"
     if fmt == "csv":
         out = io.StringIO()
-        lines = [["model", *table.columns.values()]]
+        lines = [["model", *table.columns.values(), "unhealthy"]]
         for row in [row for row in table.rows if not row.published]:
-            values = [row.cells[name].value if name in row.cells else None for name in table.columns]
-            lines.append([row.label, *("" if v is None else percent(v) for v in values)])
+            cells = [row.cells.get(name) for name in table.columns]
+            sick = [c.column for c in cells if c is not None and any(mark.startswith(BAD) for mark in c.marks)]
+            values = ["" if c is None or c.value is None else percent(c.value) for c in cells]
+            lines.append([row.label, *values, " ".join(sick)])
         csv.writer(out, lineterminator="\n").writerows(lines)
         return out.getvalue()
     notes = _Notes()

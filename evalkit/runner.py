@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from evalkit import engines, environment, plan, pool, results, store
+from evalkit import engines, environment, lint, plan, pool, results, store
 from evalkit import judge as judging
 from evalkit.errors import EngineError, InputError
 from evalkit.plan import Plan
@@ -87,7 +87,8 @@ def work(planned: Plan, folder: RunFolder, run_json: dict[str, Any]) -> Outcome:
         "status": "failed" if failed else "done",
         "engine": dict(engine.settings) if engine is not None else run_json.get("engine", {}),
         "data": environment.data_record(planned),
-        "notes": [*planned.notes, *todo.notes, *([note] if note else [])],
+        "lint": [asdict(finding) for finding in todo.lint],
+        "notes": [*planned.notes, *lint.notes(todo.lint), *([note] if note else [])],
         "time": {**run_json["time"], "loaded": loaded, "asked": asked, "ended": time.time()},
     }
     folder.write_json("run.json", run_json)

@@ -7,6 +7,7 @@ depend on the rows beside it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -37,19 +38,21 @@ class HuggingFace:
         if not size.isdigit() or int(size) < 1:
             raise InputError(f"--engine-args batch_size={size}: a whole number from 1 is needed")
         self._size, self._limit = int(size), spec.max_model_len
-        self._log = spec.log.open("a", encoding="utf-8") if spec.log else None
-        try:
-            with quiet(self._log):
-                self._torch = importlib.import_module("torch")
-                self._hf = importlib.import_module("transformers")
-                revision = spec.revision or None
-                self._tokenizer = self._hf.AutoTokenizer.from_pretrained(spec.tokenizer or spec.model,
-                                                                         revision=revision)
-                self._model = self._load(spec, revision).eval()
-        except FAULTS as fault:
-            raise StartError(f"transformers cannot load {spec.model}: {str(fault).strip().splitlines()[0]}; if it "
-                             "is memory: another dtype or quantization, device_map=auto over more GPUs"
-                             ) from fault
+        with contextlib.ExitStack() as stack:
+            self._log = stack.enter_context(spec.log.open("a", encoding="utf-8")) if spec.log else None
+            try:
+                with quiet(self._log):
+                    self._torch = importlib.import_module("torch")
+                    self._hf = importlib.import_module("transformers")
+                    revision = spec.revision or None
+                    self._tokenizer = self._hf.AutoTokenizer.from_pretrained(spec.tokenizer or spec.model,
+                                                                             revision=revision)
+                    self._model = self._load(spec, revision).eval()
+            except FAULTS as fault:
+                raise StartError(f"transformers cannot load {spec.model}: {str(fault).strip().splitlines()[0]}; "
+                                 "if it is memory: another dtype or quantization, device_map=auto over more GPUs"
+                                 ) from fault
+            self._closing = stack.pop_all()
         eos = getattr(self._model.generation_config, "eos_token_id", None)
         self._ends = answers.ends(self._tokenizer, eos, spec.eos)
         self._pad = next((n for n in (self._tokenizer.pad_token_id, *sorted(self._ends.ids)) if n is not None), 0)
@@ -98,8 +101,7 @@ class HuggingFace:
         del self._model
         if self._torch.cuda.is_available():
             self._torch.cuda.empty_cache()
-        if self._log:
-            self._log.close()
+        self._closing.close()
 
     def _guarded(self, batch: list[Request]) -> list[Completion]:
         """A batch that raises is asked again one by one; one that raises alone is its Completion's error."""

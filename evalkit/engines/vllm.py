@@ -37,21 +37,12 @@ class Vllm:
     name = "vllm"
 
     def __init__(self, spec: EngineSpec) -> None:
-        self._log = spec.log.open("a", encoding="utf-8") if spec.log else None
         self._where = f" (engine log: {spec.log})" if spec.log else ""
-        begin = self._log.tell() if self._log else 0
-        with quiet(self._log):
-            self._vllm, cpu = vllm_start.load()
-            if self._log:
-                point_loggers("vllm", self._log)
-            self._faults = vllm_start.faults()
-            options = vllm_start.options(spec, self._vllm, cpu)
-            environment = vllm_start.environment()
-            try:
-                self._engine = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**options))
-                self._tokenizer = self._engine.get_tokenizer()
-            except self._faults as fault:
-                raise StartError(vllm_start.why(fault, spec, begin) + self._where) from fault
+        with contextlib.ExitStack() as stack:
+            self._log = stack.enter_context(spec.log.open("a", encoding="utf-8")) if spec.log else None
+            with quiet(self._log):
+                cpu = self._start(spec)
+            self._closing = stack.pop_all()
         config, model = self._engine.vllm_config, self._engine.vllm_config.model_config
         self._limit, self._vocabulary = int(model.max_model_len), int(model.get_vocab_size())
         generation = model.try_get_generation_config()
@@ -61,10 +52,26 @@ class Vllm:
         self._exact = "logprob_token_ids" in self._vllm.SamplingParams.__struct_fields__
         self._numbers = 0
         self.settings: Mapping[str, Any] = {
-            **vllm_start.settings(config, cpu), "environment": environment,
+            **vllm_start.settings(config, cpu), "environment": self._environment,
             "eos_token_ids": sorted(self._ends.ids), "eos_texts": list(self._ends.texts),
             "choose": "logprob_token_ids" if self._exact else "allowed_token_ids", "args": dict(spec.args),
         }
+
+    def _start(self, spec: EngineSpec) -> bool:
+        """Builds the engine; True if it runs on the CPU."""
+        begin = self._log.tell() if self._log else 0
+        self._vllm, cpu = vllm_start.load()
+        if self._log:
+            point_loggers("vllm", self._log)
+        self._faults = vllm_start.faults()
+        try:
+            options = vllm_start.options(spec, self._vllm, cpu)
+            self._environment = vllm_start.environment()
+            self._engine = self._vllm.LLMEngine.from_engine_args(self._vllm.EngineArgs(**options))
+            self._tokenizer = self._engine.get_tokenizer()
+        except self._faults as fault:
+            raise StartError(vllm_start.why(fault, spec, begin) + self._where) from fault
+        return cpu
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
         waiting = iter(requests)
@@ -91,8 +98,7 @@ class Vllm:
             gc.collect()
             importlib.import_module("vllm.distributed.parallel_state").cleanup_dist_env_and_memory()
         point_loggers("vllm", sys.stderr)
-        if self._log:
-            self._log.close()
+        self._closing.close()
 
     def _send(self, request: Request, flying: dict[str, tuple[_Job, answers.Ids]]) -> Completion | None:
         """Hands the request to vLLM, a Choose as one part a question; a Completion if that is refused."""

@@ -204,7 +204,8 @@ def why(fault: BaseException, spec: EngineSpec, begin: int) -> str:
         return f"vLLM does not start: {wrong}"
     for text in told.splitlines():
         if any(word in text.lower() for word in MEMORY):
-            return (f"no memory for the weights or the KV cache ({text.strip()[:300]}): lower max_model_len "
+            cause = text.strip().split(". ")[0][:300]
+            return (f"no memory for the weights or the KV cache ({cause}): lower max_model_len "
                     f"(now {spec.max_model_len}), use more GPUs (--engine-args tensor_parallel_size=N), or a "
                     "smaller dtype or quantization; kv_cache_gib=N sets the cache's size")
     return f"vLLM does not start: {line(fault)}"
@@ -225,9 +226,10 @@ def misfit_in(told: str) -> str | None:
 
 
 def line(fault: BaseException) -> str:
-    """The first line of what it says, with its kind."""
-    text = next((part.strip() for part in str(fault).splitlines() if part.strip()), "")
-    return f"{type(fault).__name__}: {text}"[:400]
+    """What it says in one line, with its kind; pydantic's several lines give the first wrong field."""
+    texts = [part.strip() for part in str(fault).splitlines() if part.strip()]
+    said = " ".join(texts[1:3] if "validation error" in texts[0] else texts[:1]) if texts else ""
+    return f"{type(fault).__name__}: {said}"[:400]
 
 
 def value_of(text: str) -> Any:

