@@ -73,9 +73,8 @@ class Linter:
 
     def findings(self, allow: frozenset[str] = frozenset()) -> list[Finding]:
         """What was found so far, errors first, then by rule. Errors that `allow` names are warnings."""
-        found = [Finding(rule, WARNING, column, f"{text} (allowed)" if severity == ERROR else text, n, example)
-                 if rule in allow else Finding(rule, severity, column, text, n, example)
-                 for (rule, severity, column), (text, n, example) in self._found.items()]
+        found = [Finding(rule, WARNING if rule in allow else severity, column, *rest)
+                 for (rule, severity, column), rest in self._found.items()]
         return sorted(found, key=lambda f: (f.severity, list(RULES).index(f.rule)))
 
 
@@ -114,13 +113,12 @@ class _Column:
     def fixed(self) -> list[Hit]:
         """What holds for every prompt of the column: its chat format against the tokenizer and against itself."""
         fmt, found = self.writer.format, []
-        split = [f"{t} is {self._pieces(self._encode(t))}" for t in fmt.special
-                 if self.tokenizer is not None and len(self._encode(t)) != 1]
+        if fmt.chat and (fault := header_fault(self.writer)):
+            found.append(("header-tail", *fault))
+        ids = {text: self.tokenizer.encode(text) for text in fmt.special} if self.tokenizer is not None else {}
+        split = [f"{text} is {self._pieces(own)}" for text, own in ids.items() if len(own) != 1]
         if split:
             found.append(("special-split", ERROR, f"format {fmt.name}: {'; '.join(split)} in this tokenizer"))
-        if fmt.chat and (wrong := header_fault(self.writer)):
-            # the tokenizer's own template is the model's, whatever it looks like
-            found.append(("header-tail", WARNING if fmt.source == "tokenizer" else ERROR, wrong))
         return found
 
     @cached_property
@@ -194,8 +192,8 @@ class _Column:
         return " ".join(self.tokenizer.pieces(ids)) if self.tokenizer is not None else ""
 
 
-def header_fault(writer: Writer) -> str:
-    """What is wrong with the white space behind the assistant header, or nothing.
+def header_fault(writer: Writer) -> tuple[str, str] | None:
+    """Severity and text where the white space behind the assistant header is not what it should be.
 
     Held against the shipped format that is the same up to there (the whole turn, else the header's last line), then
     against the template's own finished turns. None at all is right where the answer's first token brings the blank.
@@ -206,27 +204,35 @@ def header_fault(writer: Writer) -> str:
         return bare, bare.partition(ASK.content)[2].rpartition("\n")[2], text[len(bare):]
 
     whole, line, tail = ends(writer)
+    wrong = WARNING if writer.format.source == "tokenizer" else ERROR  # a model's own template is its own affair
+    behind = f"behind {line[-30:]!r} stands {repr(tail) if tail else 'nothing'}"
     shipped = {name: ends(replace(writer, chat_format=formats.load(name)))
                for name in formats.names() if name not in ("auto", "none")}
     alike = ({name: end[2] for name, end in shipped.items() if end[0] == whole}
              or {name: end[2] for name, end in shipped.items() if end[1] == line})
-    if alike:
+    if alike and tail not in alike.values():
         name, wanted = next(iter(alike.items()))
-        return "" if tail in alike.values() else f"behind {line[-30:]!r} stands {tail!r}, in format {name} {wanted!r}"
-    if tail:
-        return ""
+        return wrong, f"{behind}, in format {name} {wanted!r}"
+    if alike or tail:
+        return None
     try:
-        finished = writer.text(Prompt((ASK, REPLY, ASK))).partition(REPLY.content)
+        before, answered, _ = writer.text(Prompt((ASK, REPLY, ASK))).partition(REPLY.content)
     except InputError:  # a template for one turn alone
-        finished = "", "", ""
-    missing = finished[0][len(whole):]
-    if not finished[1]:
-        return f"behind {line[-30:]!r} stands nothing, and the template shows no finished answer to compare"
-    if not finished[0].startswith(whole) or not missing.isspace():
-        return ""
-    alone = writer.tokenizer.encode(whole) if writer.tokenizer is not None else ()
-    carried = writer.tokenizer is None or writer.tokenizer.encode(f"{whole}{missing}A")[:len(alone)] == alone
-    return "" if carried and "\n" not in missing else f"behind {line[-30:]!r} stands nothing, in finished turns {missing!r}"
+        before = answered = ""
+    if not answered:
+        return WARNING, f"{behind}, and the template shows no finished answer to compare"
+    missing = before.removeprefix(whole)
+    if not missing.isspace() or ("\n" not in missing and _carried(writer, whole, missing)):
+        return None
+    return wrong, f"{behind}, in the template's finished turns {missing!r}"
+
+
+def _carried(writer: Writer, header: str, blank: str) -> bool:
+    """Whether an answer's first token can bring the blank: the header's own tokens stay as they are."""
+    if writer.tokenizer is None:
+        return True
+    alone = writer.tokenizer.encode(header)
+    return writer.tokenizer.encode(f"{header}{blank}A")[:len(alone)] == alone
 
 
 def allowed(options: Mapping[str, str]) -> frozenset[str]:

@@ -10,45 +10,64 @@ A completion's line ends in its own CRC-32; a torn, flipped or doubled line is d
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
+import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from evalkit.errors import InputError
+from evalkit.errors import InputError, RunError
 from evalkit.prompts import Rendered
 from evalkit.types import Choose, Completion, Request, Score
 
-_FIELDS = {f.name for f in fields(Completion)}
+_DEFAULTS = {f.name: f.default for f in fields(Completion) if f.name not in ("key", "text")}
+_TYPES = {f.name: {"str": str, "int": int}.get(str(f.type), list) for f in fields(Completion)}
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+SYNC = 1.0  # seconds after which written answers are forced to the disk
 
 
 class RunFolder:
-    """One run's folder. `create` makes it; `open_run` finds it again. Use `with folder.locked():` to write."""
+    """One run's folder. `create` makes it; `open_run` finds it again; `with folder:` locks it for writing.
+
+    RunError where the disk refuses (full, gone): what stood in the folder still stands.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._journals: dict[str, IO[bytes]] = {}
+        self._journals: dict[str, FileIO] = {}
         self._lock: int | None = None
+        self._synced = 0.0
 
     def __enter__(self) -> RunFolder:
-        self._lock = os.open(self.path, os.O_RDONLY)
+        if not os.access(self.path, os.W_OK):
+            raise InputError(f"{self.path}: may not be written to (read-only?); copy it elsewhere, or change its mode")
+        lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
+            os.close(lock)
             raise InputError(f"{self.path}: another process is writing to this run; wait for it or end it") from None
+        self._lock = lock
+        os.register_at_fork(after_in_child=self._forget_lock)  # else a child that outlives a killed run holds it
         return self
 
     def __exit__(self, *_: object) -> None:
         for journal in self._journals.values():
+            with contextlib.suppress(OSError):
+                os.fsync(journal.fileno())
             journal.close()
         self._journals.clear()
+        self._forget_lock()
+
+    def _forget_lock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -57,45 +76,59 @@ class RunFolder:
         return self.path / f"{column}.{kind}.jsonl"
 
     def append(self, column: str, completion: Completion) -> None:
-        """Append one answer and hand it to the operating system at once: a killed process loses none."""
-        if column not in self._journals:
-            path = self.file(column, "completions")
-            torn = path.is_file() and path.stat().st_size > 0 and not _ends_line(path)
-            self._journals[column] = path.open("ab", buffering=0)
-            if torn:
-                self._journals[column].write(b"\n")
-        self._journals[column].write(_seal({k: v for k, v in asdict(completion).items() if v not in ("", (), 0)
-                                            or k == "text"}))
+        """Append one answer: handed to the operating system at once, so that a killed process loses none, and
+        forced to the disk every second."""
+        path = self.file(column, "completions")
+        left = line = _seal(completion)
+        try:
+            if column not in self._journals:
+                self._journals[column] = _open_journal(path)
+            journal = self._journals[column]
+            try:
+                while left:
+                    left = left[journal.write(left):]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(journal.fileno(), os.fstat(journal.fileno()).st_size - (len(line) - len(left)))
+                raise
+            if time.monotonic() - self._synced > SYNC:
+                for journal in self._journals.values():
+                    os.fsync(journal.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise _refused(path, error) from None
 
-    def completions(self, column: str, notice: Callable[[str], None] = lambda _: None) -> dict[str, Completion]:
+    def completions(self, column: str, notice: Callable[[str], None] = lambda _: None) -> Completions:
         """Answers by key, the first of each that is no error; `notice` gets one line when lines had to be dropped."""
         path = self.file(column, "completions")
-        found: dict[str, Completion] = {}
-        bad = 0
-        if not path.is_file():
-            return found
-        with path.open("rb") as lines:
-            for line in lines:
-                record = _unseal(line)
-                if record is None or "key" not in record:
-                    bad += line.strip() != b""
-                    continue
-                known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v
-                                         for k, v in record.items() if k in _FIELDS}
-                if record["key"] not in found or found[record["key"]].finish == "error":
-                    found[record["key"]] = Completion(**known)
-        if bad:
-            notice(f"{path}: {bad} damaged line{'s' * (bad > 1)} dropped; those answers are asked for again")
+        found = Completions(path)
+        if found.bad:
+            notice(f"{path}: {found.bad} damaged line{'s' * (found.bad > 1)} dropped; those answers are asked for again")
         return found
 
     def write_lines(self, column: str, kind: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write a file of JSON lines whole: beside it first, then in its place."""
-        path = self.file(column, kind)
-        beside = path.with_suffix(".tmp")
-        with beside.open("w", encoding="utf-8") as out:
-            for record in records:
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
-        beside.replace(path)
+        """Write a file of JSON lines whole."""
+        self.write(self.file(column, kind).name, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        self.write(name, [json.dumps(value, ensure_ascii=False, indent=1) + "\n"], sync=True)
+
+    def write(self, name: str, parts: Iterable[str], sync: bool = False) -> None:
+        """Write a text file whole: beside it first, then in its place."""
+        path, beside = self.path / name, self.path / f"{name}.tmp"
+        try:
+            # backslashreplace writes a lone surrogate as JSON does: \ud800
+            with beside.open("w", encoding="utf-8", errors="backslashreplace") as out:
+                out.writelines(parts)
+                if sync:
+                    out.flush()
+                    os.fsync(out.fileno())
+            beside.replace(path)
+        except OSError as error:
+            raise _refused(path, error) from None
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
 
     def lines(self, column: str, kind: str) -> Iterator[dict[str, Any]]:
         path = self.file(column, kind)
@@ -108,11 +141,6 @@ class RunFolder:
                 except ValueError:
                     raise InputError(f"{path}:{number}: not a JSON line") from None
 
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        beside = self.path / f"{name}.tmp"
-        beside.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        beside.replace(self.path / name)
-
     def read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
@@ -124,15 +152,56 @@ class RunFolder:
         return value
 
 
+class Completions(Mapping[str, Completion]):
+    """The answers of one journal by key, in memory only where each stands; read from the file when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._at: dict[str, tuple[int, int]] = {}  # key -> offset and length of its line
+        self.errors: set[str] = set()  # keys of which nothing but errors is known
+        self.bad = at = 0  # damaged lines
+        if not path.is_file():
+            return
+        with path.open("rb") as lines:
+            for line in lines:
+                found = _unseal(line)
+                if found is None:
+                    self.bad += line.strip() != b""
+                elif found.key not in self._at or found.key in self.errors:
+                    self._at[found.key] = (at, len(line))
+                    (self.errors.add if found.finish == "error" else self.errors.discard)(found.key)
+                at += len(line)
+            self._file = os.dup(lines.fileno())
+        weakref.finalize(self, os.close, self._file)
+
+    def __getitem__(self, key: str) -> Completion:
+        at, length = self._at[key]
+        found = _unseal(os.pread(self._file, length, at))
+        if found is None:
+            raise RunError(f"the answer {key} was changed while it was read; is someone else writing to the run?")
+        return found
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._at
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+
 def create(out: str, model: str, name: str) -> RunFolder:
     """Make `out`/`model`/`name`. InputError when it exists, has an odd name or can't be written."""
     if not re.fullmatch(r"[\w.+=-]+", name) or name.startswith("."):
         raise InputError(f"--name {name!r}: letters, digits and . _ + = - only")
     path = Path(out) / model / name
     try:
+        if path.is_dir() and not any(path.iterdir()):  # killed before it wrote a thing
+            return RunFolder(path)
         path.mkdir(parents=True)
     except FileExistsError:
-        raise InputError(f"{path} exists; choose another --name, or go on with it: evalkit run --resume {path}") from None
+        raise InputError(f"{path} exists; choose another --name, or go on with it: evalkit run --resume {path}"
+                         ) from None
     except OSError as error:
         raise InputError(f"--out {out}: cannot make {path}: {error.strerror}") from None
     return RunFolder(path)
@@ -163,20 +232,37 @@ def score_record(score: Score) -> dict[str, Any]:
     return asdict(score)
 
 
-def _seal(record: Mapping[str, Any]) -> bytes:
-    body = json.dumps(record, ensure_ascii=False, separators=(",", ":"))[:-1].encode("utf-8", "surrogatepass")
+def _seal(completion: Completion) -> bytes:
+    record = {"key": completion.key, "text": completion.text}
+    for name, default in _DEFAULTS.items():
+        if (value := getattr(completion, name)) != default:
+            record[name] = value
+    body = _ENCODE(record)[:-1].encode("utf-8", "backslashreplace")
     return body + b',"sum":"%08x"}\n' % zlib.crc32(body)
 
 
-def _unseal(line: bytes) -> dict[str, Any] | None:
+def _unseal(line: bytes) -> Completion | None:
+    """The answer in a line, None for a damaged one: another sum, no JSON, no UTF-8, a field of another type."""
     body, mark, end = line.rstrip(b"\n").rpartition(b',"sum":"')
     if not mark or end != b'%08x"}' % zlib.crc32(body):
         return None
-    record: dict[str, Any] = json.loads(line.decode("utf-8", "surrogatepass"))
-    return record
+    try:
+        record = json.loads(body + b"}")
+        known: dict[str, Any] = {name: record[name] for name in record if name in _TYPES}
+        if not all(isinstance(value, _TYPES[name]) for name, value in known.items()):
+            return None
+        return Completion(**known | {"logprobs": tuple(map(float, known.get("logprobs", ())))})
+    except (ValueError, TypeError, RecursionError):
+        return None
 
 
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"
+def _open_journal(path: Path) -> FileIO:
+    journal = FileIO(path, "a+")
+    size = os.fstat(journal.fileno()).st_size
+    if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":  # a torn tail stays a line of its own
+        journal.write(b"\n")
+    return journal
+
+
+def _refused(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path}: cannot be written: {error.strerror}")

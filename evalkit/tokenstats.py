@@ -11,6 +11,7 @@ it in its group has at the same places, which a prefix cache does not compute ag
 from __future__ import annotations
 
 import json
+import textwrap
 import unicodedata
 from array import array
 from collections import Counter
@@ -30,7 +31,7 @@ WIDTH = 100  # columns of a terminal
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Of a column (`group` None) or one of its groups. Tokens are of accepted prompts; min and so on None without any."""
+    """Of a column (`group` None) or one of its groups. Tokens are of accepted prompts; without any, min is None."""
 
     column: str
     group: str | None
@@ -112,10 +113,22 @@ def show(plan: Plan) -> Iterator[str]:
             yield f"=== {column.column.name} {item.sample.id}: {n}, {item.n_shots} shots{less} ==="
             *lines, last = item.text.split("\n")
             for line in [*(f"{line}⏎" for line in lines), f"{last}▮"]:  # ▮: here the model goes on
-                yield from (("| " if i == 0 else ": ") + line[i:i + WIDTH - 2] for i in range(0, len(line), WIDTH - 2))
-            yield from _asked(column.writer, item)
+                yield from _folded(line)
+            for line in _asked(column.writer, item):
+                yield from textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
             if item.tokens is not None and column.writer.tokenizer is not None:
                 yield from _tokens(column.writer, column.writer.tokenizer, item.tokens)
+
+
+def _folded(line: str) -> Iterator[str]:
+    """`line` behind a bar, what goes over the width behind colons."""
+    row = "| "
+    for c in line:
+        if _width(row + c) > WIDTH:
+            yield row
+            row = ": "
+        row += c
+    yield row
 
 
 def _asked(writer: Writer, item: Rendered) -> Iterator[str]:

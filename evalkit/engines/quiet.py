@@ -32,7 +32,7 @@ def quiet(log: IO[str] | None) -> Iterator[None]:
 def point_loggers(name: str, stream: IO[str]) -> None:
     """The library's handlers hold the stream they were made with, which need not be fd 1 (pytest)."""
     for handler in logging.getLogger(name).handlers:
-        if isinstance(handler, logging.StreamHandler):
+        if type(handler) is logging.StreamHandler:  # none of its children: a pytest handler reads its own stream
             handler.setStream(stream)
 
 

@@ -35,7 +35,7 @@ _COMMON = (
     "re statistics string textwrap typing"
 )
 _LAG = 10.0  # seconds for the two processes to start
-_STRETCH, _STRETCH_ALONE = 2, 10  # the most wall time, in limits, when other work takes the core away
+_STRETCH, _STRETCH_ALONE = 3, 10  # the most wall time, in limits, when other work takes the core away
 _MOST_FDS = 256
 
 

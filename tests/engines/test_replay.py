@@ -50,7 +50,7 @@ def test_a_missing_answer_is_an_error_not_an_empty_answer(tmp_path: Path) -> Non
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs --engine-args answers="):
         create("replay", EngineSpec("none"))
-    with pytest.raises(InputError, match="absent.jsonl cannot be read: No such file"):
+    with pytest.raises(InputError, match=r"absent\.jsonl cannot be read: No such file"):
         replay(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="no completions there"):
         replay(tmp_path)

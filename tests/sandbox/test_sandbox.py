@@ -59,7 +59,8 @@ def test_every_reference_solution_passes(sandbox: Sandbox) -> None:
     assert set(verdicts) == set(problems)
 
 
-def test_golden_scores(sandbox: Sandbox, shared: Path) -> None:
+def test_golden_scores(shared: Path, sandbox: Sandbox) -> None:
+    """With 1 s instead of 3: those that time out sleep a second a call or never end."""
     rows = [json.loads(line) for line in (shared / "golden/scoring.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["column"] == "codex_eval" and row["stage"] == "score"]
     problems = read_problems()
@@ -67,13 +68,15 @@ def test_golden_scores(sandbox: Sandbox, shared: Path) -> None:
     for i, row in enumerate(rows):
         p = problems[row["target"]]
         programs.append(Program(str(i), p["prompt"] + row["raw_output"], p["test"], p["entry_point"]))
-    verdicts = {int(v.id): v for v in sandbox.run(programs)}
+    with Sandbox(sandbox.level, limits=Limits(seconds=1.0)) as box:
+        verdicts = {int(v.id): v for v in box.run(programs)}
     assert len(rows) >= 31
     for i, row in enumerate(rows):
         assert float(verdicts[i].status == "passed") == row["score"], (row["meta"], verdicts[i])
         assert (verdicts[i].status == "timed_out") == (row["meta"]["result"] == "timed out"), (row["meta"], verdicts[i])
 
 
+ONE = "def check(candidate):\n    assert candidate(1) == 1\n"
 HONEST = {
     "mutates its argument, seen by the test": (
         "def f(x):\n    x.sort()\n    x[0].append(9)\n",
@@ -119,15 +122,13 @@ HONEST = {
         "passed",
     ),
     "annotations of today": ("def f(x: Nothing):\n    return x\n", TEST, "failed NameError"),
-    "a last backslash": ("def f(x):\n    return x\\", "\n\ndef check(candidate):\n    assert candidate(1) == 1\n", "passed"),
-    "a last comment": ("def f(x):\n    return x # done", "def check(candidate):\n    assert candidate(1) == 1\n", "passed"),
-    "Mac line ends": ("def f(x):\r    return x\\", "\ndef check(candidate):\n    assert candidate(1) == 1\n", "passed"),
+    "a last backslash": ("def f(x):\n    return x\\", "\n\n" + ONE, "passed"),
+    "a last comment": ("def f(x):\n    return x # done", ONE, "passed"),
+    "Mac line ends": ("def f(x):\r    return x\\", "\n" + ONE, "passed"),
     "an answer of a class of its own": (
         "class A: pass\ndef f(x):\n    return A()\n", "def check(candidate):\n    assert candidate(1)\n", "passed"
     ),
-    "not the main module": (
-        "def f(x):\n    return __name__\n", "def check(candidate):\n    assert candidate(1) == 'builtins'\n", "passed"
-    ),
+    "not the main module": ("def f(x):\n    return __name__ == 'builtins'\n", ONE, "passed"),
     "state between calls": (
         "n = 0\ndef f(x):\n    global n\n    n += x\n    return n\n",
         "def check(candidate):\n    assert [candidate(1), candidate(1)] == [1, 2]\n",
@@ -139,7 +140,8 @@ HONEST = {
         "passed",
     ),
     "a thread": (
-        "import concurrent.futures as c\ndef f(x):\n    with c.ThreadPoolExecutor(4) as e: return list(e.map(abs, x))\n",
+        "from concurrent.futures import ThreadPoolExecutor as Pool\n"
+        "def f(x):\n    with Pool(4) as pool: return list(pool.map(abs, x))\n",
         "def check(candidate):\n    assert candidate([-1, 2]) == [1, 2]\n",
         "passed",
     ),
@@ -149,7 +151,9 @@ HONEST = {
         "passed",
     ),
     "a test that hands over a function": (
-        "def f(x):\n    return x(1)\n", "def check(candidate):\n    assert candidate(abs) == 1\n", "broken the test hands f()"
+        "def f(x):\n    return x(1)\n",
+        "def check(candidate):\n    assert candidate(abs) == 1\n",
+        "broken the test hands f()",
     ),
 }  # fmt: skip
 
@@ -182,7 +186,7 @@ def test_split_gives_the_program_nothing_of_the_test() -> None:
     first, second = split(ADD + "x = 1\\", "\n\nsecret = 'xyzzy'\n" + TEST, "add")
     assert "xyzzy" in repr(second.co_consts)
     assert "xyzzy" not in repr(first.co_consts)
-    with pytest.raises(SyntaxError, match="runs on into the test"):
+    with pytest.raises(SyntaxError, match=r"runs on into the test"):
         split(ADD + "@print", TEST, "add")
     with pytest.raises(SyntaxError):
         split(ADD + "x = '''", TEST, "add")
@@ -227,7 +231,7 @@ def test_closing_while_programs_run_ends_them() -> None:
         start = time.monotonic()
     assert time.monotonic() - start < 5
     assert not alive(below)
-    with pytest.raises(InputError, match="closed"):
+    with pytest.raises(InputError, match=r"closed"):
         box.submit(Program("late", ADD, TEST, "add"))
 
 
@@ -270,9 +274,9 @@ def test_check_tells_what_the_process_level_does_not_hold() -> None:
 def test_fewer_layers_than_required_is_refused_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"process lacks network \(.*install bubblewrap.*--sandbox process"):
         Sandbox("process", required=("network", "time"))
-    with pytest.raises(UnknownName, match="netwerk.*did you mean 'network'"):
+    with pytest.raises(UnknownName, match=r"netwerk.*did you mean 'network'"):
         Sandbox("process", required=("netwerk",))
-    with pytest.raises(UnknownName, match="kernal.*did you mean 'kernel'"):
+    with pytest.raises(UnknownName, match=r"kernal.*did you mean 'kernel'"):
         Sandbox("kernal")
 
 
@@ -299,8 +303,25 @@ def test_the_filter_knows_two_machines_and_refuses_others() -> None:
         program = filter_program(machine)
         assert len(program) % 8 == 0
         assert max(program[2::8] + program[3::8]) < len(program) // 8
-    with pytest.raises(OSError, match="no system-call filter for riscv64"):
+    with pytest.raises(OSError, match=r"no system-call filter for riscv64"):
         filter_program("riscv64")
+
+
+FORK = "import ctypes\nlibc = ctypes.CDLL(None)\n"
+FORK += (
+    "for i in range(4):\n    if libc.fork() == 0:\n        libc.setsid()\n        libc.fork()\n        libc.sleep(60)\n"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands orphans to the worker")
+@pytest.mark.parametrize("after", [ADD, LOOP, "import os\nos._exit(0)\n", "ctypes.string_at(0)\n"])
+def test_the_process_level_ends_children_in_sessions_of_their_own(after: str) -> None:
+    others = tree(os.getpid())
+    with Sandbox("process", workers=1, limits=Limits(seconds=0.5)) as box:
+        before = wait_for(1, os.getpid(), others)
+        # The children keep the pipes of the dead one open, so its end shows by the clock only.
+        assert status(box, FORK + after).split()[0] == ("passed" if after == ADD else "timed_out")
+        assert len(tree(os.getpid()) - others) <= len(before) + 1
 
 
 MAC = """
@@ -316,7 +337,7 @@ def test_a_system_without_linux_s_calls(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(launch, "_BOOT", MAC + launch._BOOT)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(InputError, match="needs Linux.*--sandbox process"):
+    with pytest.raises(InputError, match=r"needs Linux.*--sandbox process"):
         Sandbox()
     with Sandbox("process", workers=1, limits=Limits(seconds=0.5)) as box:
         assert {"time", "scratch"} <= set(box.layers)
