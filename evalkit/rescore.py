@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit.errors import InputError, UnknownName
-from evalkit.extract import RULES, cut_text, cut_tokens
+from evalkit.extract import PARAGRAPH_CUT, RULES, cut_text, cut_tokens
 from evalkit.sandbox import Program, Sandbox
 from evalkit.scoring import choice, code, f1, pairwise, score_sample
 from evalkit.stats import pass_at_k, win_rate
@@ -38,6 +38,12 @@ def rule_names(kind: str, benchmark: str) -> tuple[str, ...]:
     if kind == "choice":
         return tuple(choice.PROBS)
     return tuple(RULES.get(benchmark, RULES["text"])) if kind in ("exact", "f1") else ()
+
+
+def companions(benchmark: str, rule: str) -> dict[str, Any]:
+    """The switches that go with a rule where no recipe sets them."""
+    return {"rule": rule, "probs": choice.PROBS.get(rule, "options"),
+            "paragraph_cut": rule in PARAGRAPH_CUT.get(benchmark, ())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ def score_answers(
             raise UnknownName("rule", name, known, f"for column {column.name}")
     scores = {}
     for name in rules or known:
-        switches = {**column.switches, "rule": name, "probs": choice.PROBS.get(name, "options")}
+        switches = {**column.switches, **companions(column.benchmark, name)}
         scores[name] = tuple(score_sample(kind, s, completions.get(s.id, ()), switches) for s in samples)
     return Comparison(column.name, scores)
 
@@ -237,7 +243,7 @@ class _Job:
     def _text(self, line: _Line, output: str) -> Result:
         kind = "f1" if self.benchmark == "tydiqa" else "exact"
         sample = line.sample("ABCD" if self.benchmark == "mmlu" else "")
-        switches = {"benchmark": self.benchmark, "rule": self.rule}
+        switches = {"benchmark": self.benchmark, **companions(self.benchmark, self.rule)}
         try:
             score = score_sample(kind, sample, [Completion("", output)], switches)
         except UnknownName as error:

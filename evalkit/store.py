@@ -5,7 +5,8 @@
       <column>.completions.jsonl {"key": "5f0c...", "text": " 18", "finish": "stop", ..., "sum": "9a1b2c3d"}
       <column>.scores.jsonl     {"sample": "anatomy/test/12", "status": "scored", "value": 1.0, "answer": "C", ...}
 
-A completion's line ends in its own CRC-32; a torn, flipped or doubled line is dropped on reading, with a notice.
+A completion's line ends in its own CRC-32: a torn or flipped line is dropped on reading, with a notice, and of two
+lines with one key the first stands.
 """
 
 from __future__ import annotations
@@ -79,18 +80,10 @@ class RunFolder:
         """Append one answer: handed to the operating system at once, so that a killed process loses none, and
         forced to the disk every second."""
         path = self.file(column, "completions")
-        left = line = _seal(completion)
         try:
             if column not in self._journals:
                 self._journals[column] = _open_journal(path)
-            journal = self._journals[column]
-            try:
-                while left:
-                    left = left[journal.write(left):]
-            except OSError:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(journal.fileno(), os.fstat(journal.fileno()).st_size - (len(line) - len(left)))
-                raise
+            _write_whole(self._journals[column], _seal(completion))
             if time.monotonic() - self._synced > SYNC:
                 for journal in self._journals.values():
                     os.fsync(journal.fileno())
@@ -103,7 +96,8 @@ class RunFolder:
         path = self.file(column, "completions")
         found = Completions(path)
         if found.bad:
-            notice(f"{path}: {found.bad} damaged line{'s' * (found.bad > 1)} dropped; those answers are asked for again")
+            lines = "line" if found.bad == 1 else "lines"
+            notice(f"{path}: {found.bad} damaged {lines} dropped; those answers are asked for again")
         return found
 
     def write_lines(self, column: str, kind: str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -156,7 +150,7 @@ class Completions(Mapping[str, Completion]):
     """The answers of one journal by key, in memory only where each stands; read from the file when asked for."""
 
     def __init__(self, path: Path) -> None:
-        self._at: dict[str, tuple[int, int]] = {}  # key -> offset and length of its line
+        self._at: dict[str, int] = {}  # key -> offset * 2^32 + length of its line: an int is the smallest
         self.errors: set[str] = set()  # keys of which nothing but errors is known
         self.bad = at = 0  # damaged lines
         if not path.is_file():
@@ -166,19 +160,19 @@ class Completions(Mapping[str, Completion]):
                 found = _unseal(line)
                 if found is None:
                     self.bad += line.strip() != b""
-                elif found.key not in self._at or found.key in self.errors:
-                    self._at[found.key] = (at, len(line))
-                    (self.errors.add if found.finish == "error" else self.errors.discard)(found.key)
+                elif (key := found["key"]) not in self._at or key in self.errors:
+                    self._at[key] = at << 32 | len(line)
+                    (self.errors.add if found.get("finish") == "error" else self.errors.discard)(key)
                 at += len(line)
             self._file = os.dup(lines.fileno())
         weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, key: str) -> Completion:
-        at, length = self._at[key]
-        found = _unseal(os.pread(self._file, length, at))
+        place = self._at[key]
+        found = _unseal(os.pread(self._file, place & 0xFFFFFFFF, place >> 32))
         if found is None:
-            raise RunError(f"the answer {key} was changed while it was read; is someone else writing to the run?")
-        return found
+            raise RunError(f"the line of answer {key} changed while it was read: who writes to this run?")
+        return Completion(**found | {"logprobs": tuple(found.get("logprobs", ()))})
 
     def __contains__(self, key: object) -> bool:
         return key in self._at
@@ -241,19 +235,17 @@ def _seal(completion: Completion) -> bytes:
     return body + b',"sum":"%08x"}\n' % zlib.crc32(body)
 
 
-def _unseal(line: bytes) -> Completion | None:
-    """The answer in a line, None for a damaged one: another sum, no JSON, no UTF-8, a field of another type."""
+def _unseal(line: bytes) -> dict[str, Any] | None:
+    """The fields of an answer's line; None if it is damaged: another sum, no JSON or UTF-8, a value of a wrong type."""
     body, mark, end = line.rstrip(b"\n").rpartition(b',"sum":"')
     if not mark or end != b'%08x"}' % zlib.crc32(body):
         return None
     try:
-        record = json.loads(body + b"}")
-        known: dict[str, Any] = {name: record[name] for name in record if name in _TYPES}
-        if not all(isinstance(value, _TYPES[name]) for name, value in known.items()):
-            return None
-        return Completion(**known | {"logprobs": tuple(map(float, known.get("logprobs", ())))})
-    except (ValueError, TypeError, RecursionError):
+        record: dict[str, Any] = json.loads(str(line, "utf-8"))
+    except (ValueError, RecursionError):
         return None
+    known = {name: record[name] for name in record if name in _TYPES}
+    return known if "key" in known and all(type(known[name]) is _TYPES[name] for name in known) else None
 
 
 def _open_journal(path: Path) -> FileIO:
@@ -262,6 +254,18 @@ def _open_journal(path: Path) -> FileIO:
     if size and os.pread(journal.fileno(), 1, size - 1) != b"\n":  # a torn tail stays a line of its own
         journal.write(b"\n")
     return journal
+
+
+def _write_whole(journal: FileIO, line: bytes) -> None:
+    """All of the line or, where the disk is full, none of it."""
+    left = line
+    try:
+        while left:
+            left = left[journal.write(left):]
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(journal.fileno(), os.fstat(journal.fileno()).st_size - (len(line) - len(left)))
+        raise
 
 
 def _refused(path: Path, error: OSError) -> RunError:

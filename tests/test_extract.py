@@ -4,7 +4,7 @@ import pytest
 
 from evalkit import extract
 from evalkit.errors import UnknownName
-from evalkit.extract import RULES, Answer, cut_text, cut_tokens, find_rule, kind_of, options_of
+from evalkit.extract import RULES, Answer, cut_text, cut_tokens, find_rule, first_paragraph, kind_of, options_of
 from evalkit.types import Sample
 
 NONE = Sample("s", {})
@@ -65,7 +65,8 @@ def test_nothing_left_is_not_parsed():
 
 def test_the_two_tulu_rules_of_bbh_differ():
     text = "Well.\n\nThen the answer is (B)."
-    assert RULES["bbh"]["tulu-2023-06"](text, NONE).text == "Well."
+    assert RULES["bbh"]["tulu-2023-06"](first_paragraph(text), NONE).text == "Well."
+    assert RULES["bbh"]["tulu-2023-06"](text, NONE).text == "Well.\n\nThen the answer is (B)."
     assert RULES["bbh"]["tulu-2023-11"](text, NONE).text == "(B)"
     assert RULES["bbh"]["tulu-2023-11"]("|he answer is x.", NONE).text == "x"
 

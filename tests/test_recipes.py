@@ -33,8 +33,8 @@ def test_the_papers_subsets_shots_and_decoding():
 def test_differences_between_the_two_dates():
     a, b = (recipes.flat(recipes.load(name)) for name in ("tulu-2023-06", "tulu-2023-11"))
     changed = {key.partition(".")[2] for key in a if a[key] != b[key]}
-    assert changed == {"bos", "fit", "over_context", "stop_when", "rule", "option_ids", "probs", "stop", "strip_content",
-                       "stop_level", "config", "max_tokens"}
+    assert changed == {"bos", "fit", "over_context", "stop_when", "rule", "option_ids", "probs", "stop",
+                       "strip_content", "stop_level", "config", "max_tokens", "paragraph_cut"}
 
 
 def test_set_reaches_a_column_or_its_benchmark_and_is_kept():

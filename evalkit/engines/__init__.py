@@ -22,6 +22,7 @@ from evalkit.types import Completion, Request
 ENGINES = {
     "vllm": "evalkit.engines.vllm:Vllm",
     "hf": "evalkit.engines.hf:HuggingFace",
+    "openai": "evalkit.engines.openai:OpenAI",
     "mock": "evalkit.engines.mock:from_spec",
     "replay": "evalkit.engines.replay:Replay",
 }

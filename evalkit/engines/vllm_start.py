@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import traceback
@@ -46,7 +47,7 @@ def load() -> tuple[Any, bool]:
             dynamo: Any = importlib.import_module("torch._dynamo.config")
             dynamo.disable = True
     except BASIC_FAULTS as fault:
-        raise InputError(f"{name} {version} cannot be imported: {misfit(fault) or line(fault)}") from fault
+        raise InputError(f"{name} {version} cannot be imported: {misfit(_told(fault)) or line(fault)}") from fault
     return module, cpu
 
 
@@ -69,8 +70,10 @@ def distribution() -> tuple[str, str]:
 
 
 def faults() -> tuple[type[Exception], ...]:
-    module = importlib.import_module("vllm.exceptions")
-    return (*BASIC_FAULTS, *(getattr(module, name) for name in ("VLLMError",) if hasattr(module, name)))
+    """What this release of vLLM raises. Its own errors are no ValueErrors, and where they stand has moved."""
+    own = [("vllm.v1.engine.exceptions", "EngineDeadError"), ("vllm.exceptions", "VLLMError")]
+    modules = [(importlib.import_module(module), name) for module, name in own if importlib.util.find_spec(module)]
+    return (*BASIC_FAULTS, *(getattr(module, name) for module, name in modules if hasattr(module, name)))
 
 
 def options(spec: EngineSpec, vllm: Any, cpu: bool) -> dict[str, Any]:
@@ -197,10 +200,10 @@ def environment() -> dict[str, str]:
 
 def why(fault: BaseException, spec: EngineSpec, begin: int) -> str:
     """Why the engine did not start, in one line; the cause may stand only in the log of its processes."""
-    told = "".join(traceback.format_exception(fault))
+    told = _told(fault)
     if spec.log:
         told += spec.log.read_bytes()[begin:].decode("utf-8", "replace")
-    if (wrong := misfit_in(told)) is not None:
+    if (wrong := misfit(told)) is not None:
         return f"vLLM does not start: {wrong}"
     for text in told.splitlines():
         if any(word in text.lower() for word in MEMORY):
@@ -211,11 +214,11 @@ def why(fault: BaseException, spec: EngineSpec, begin: int) -> str:
     return f"vLLM does not start: {line(fault)}"
 
 
-def misfit(fault: BaseException) -> str | None:
-    return misfit_in("".join(traceback.format_exception(fault)))
+def _told(fault: BaseException) -> str:
+    return "".join(traceback.format_exception(fault))
 
 
-def misfit_in(told: str) -> str | None:
+def misfit(told: str) -> str | None:
     """Names the package made for another torch, read from `operator torchvision::nms does not exist`."""
     for package in MISFITS:
         signs = (f"operator {package}::", f"/{package}/", f"lib{package}", f"load {package}")

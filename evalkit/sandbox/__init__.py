@@ -172,7 +172,7 @@ class Sandbox:
             try:
                 worker = worker or self._new_worker()
                 said = _judge(worker, program, self.limits.seconds, alone)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 said = {"status": "broken", "detail": f"its worker ended: {error or 'no answer'}"}
             if said["status"] != "broken":
                 break
@@ -209,7 +209,8 @@ class Sandbox:
             if said["status"] == "suspect":
                 self._suspects.append(program)
             else:
-                detail = " ".join(str(said["detail"]).split())[:200]
+                line = " ".join(str(said["detail"]).split())[:200]  # of the program's making, and it will be printed
+                detail = "".join(c if c.isprintable() else "?" for c in line)
                 self._done.append(Verdict(program.id, said["status"], detail, float(said.get("seconds", 0.0))))
             self._state.notify_all()
 

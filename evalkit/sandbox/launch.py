@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -44,22 +44,27 @@ _NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts")
 
 def view() -> dict[str, list[str]]:
     """`show`: paths bound read-only, parents first. `hide`: folders below them covered by an empty one."""
-    packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
-    own = {sys.prefix, sys.base_prefix, sys.exec_prefix, *packages} - {"/"}
+    own = {sys.prefix, sys.base_prefix, sys.exec_prefix} - {"/"}
     own |= {str(Path(p).resolve()) for p in own}
-    show = [*_SYSTEM.split(), *sorted((p for p in own if Path(p).is_dir()), key=len)]
+    show = [*_SYSTEM.split(), *sorted(own, key=len)]
+    packages = [p for p in sys.path if Path(p).name in ("site-packages", "dist-packages")]
     hide = {f"{p}/{name}" for p in packages for name in _HIDDEN.split() if Path(p, name).is_dir()}
-    home = str(Path.home().resolve())
-    if any(is_below(home, p) for p in show) and not any(is_below(p, home) for p in show):
-        hide.add(home)
-    return {"show": show, "hide": sorted(hide, key=len)}
+    if not any(is_below(p, str(home())) for p in show):
+        hide.add(str(home()))
+    return {"show": show, "hide": sorted((h for h in hide if any(is_below(h, p) for p in show)), key=len)}
+
+
+def home() -> Path:
+    with suppress(RuntimeError):  # a user without a name
+        return Path.home().resolve()
+    return Path("/nonexistent")
 
 
 def is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _bubblewrap(seen: Mapping[str, list[str]], scratch_mb: int) -> list[str]:
+def _bubblewrap(seen: Mapping[str, list[str]], scratch: str, scratch_mb: int) -> list[str]:
     flags = "--unshare-all --unshare-user --uid 65534 --gid 65534 --as-pid-1 --hostname sandbox --cap-drop ALL"
     command = [shutil.which("bwrap") or "bwrap", *flags.split(), "--new-session"]
     shown: list[str] = []
@@ -73,7 +78,7 @@ def _bubblewrap(seen: Mapping[str, list[str]], scratch_mb: int) -> list[str]:
             shown.append(path)
     for path in seen["hide"]:
         command += ["--tmpfs", path, "--remount-ro", path]
-    command += ["--ro-bind", _HERE, _INSIDE, "--size", str(scratch_mb << 20), "--tmpfs", "/tmp"]
+    command += ["--ro-bind", _HERE, _INSIDE, "--size", str(scratch_mb << 20), "--tmpfs", scratch]
     return [*command, "--remount-ro", "/", "--chdir", "/", "--"]
 
 
@@ -88,29 +93,31 @@ class Worker:
     """The harness's end of one worker, for one thread (`stop` for any); OSError or EOFError when it died."""
 
     def __init__(self, level: str, limits: Mapping[str, float]) -> None:
-        self._lock = threading.Lock()
-        self._scratch = tempfile.mkdtemp(prefix="evalkit-sandbox-") if level == "process" else ""
-        jobs, self._jobs = os.pipe()
+        self._made = tempfile.mkdtemp(prefix="evalkit-sandbox-") if level == "process" else ""
+        # A socket, not a pipe: `stop` must reach the worker though a fork of the harness holds another copy.
+        self._jobs, jobs = socket.socketpair()
         self._results, results = os.pipe()
         proc = host = -1
         if sys.platform == "linux":
             proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-            with suppress(OSError):  # a kernel before 5.3: the closed pipe alone tells
+            with suppress(OSError):  # a kernel before 5.3: the closed socket alone tells
                 host = os.pidfd_open(os.getpid())
+        seen = view()
+        inside = "/scratch" if any(is_below(p, "/tmp") for p in seen["show"]) else "/tmp"
         config = Config(
             level=level,
-            jobs=jobs,
+            jobs=jobs.fileno(),
             results=results,
             proc=proc,
             host=host,
-            scratch=self._scratch or "/tmp",
+            scratch=self._made or inside,
             limits=dict(limits),
-            view=view(),
+            view=seen,
             namespaces={} if proc < 0 else {n: str(Path("/proc/self/ns", n).readlink()) for n in _NAMESPACES},
         )
-        bwrap = _bubblewrap(config.view, int(limits["scratch_mb"])) if level == "bwrap" else []
+        bwrap = _bubblewrap(seen, inside, int(limits["scratch_mb"])) if level == "bwrap" else []
         python = [sys.executable, "-s", "-P", "-c", _BOOT, _INSIDE if bwrap else _HERE, json.dumps(asdict(config))]
-        passed = [fd for fd in (jobs, results, proc, host) if fd >= 0]
+        passed = [fd for fd in (config.jobs, results, proc, host) if fd >= 0]
         try:
             self._process = subprocess.Popen(
                 [*bwrap, *python],
@@ -123,6 +130,7 @@ class Worker:
                 env=_environment(config.scratch),
             )
         finally:
+            jobs.detach()
             for fd in passed:
                 os.close(fd)
 
@@ -139,18 +147,13 @@ class Worker:
         return list(said["namespaces"])
 
     def run(self, job: bytes, seconds: float, alone: bool) -> dict[str, Any]:
-        rest = memoryview(HEAD.pack(len(job), round(seconds * 1000), alone) + job)
-        with self._lock:
-            while rest and self._jobs >= 0:
-                rest = rest[os.write(self._jobs, rest) :]
+        self._jobs.sendall(HEAD.pack(len(job), round(seconds * 1000), alone) + job)
         return dict(json.loads(wire.read(self._results)))
 
     def stop(self) -> None:
         """Tell it to end; a `run` in another thread then raises EOFError."""
-        with self._lock:
-            if self._jobs >= 0:
-                os.close(self._jobs)
-            self._jobs = -1
+        with suppress(OSError):  # it is gone already
+            self._jobs.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End it, wait until it is gone, remove what it may have left."""
@@ -162,6 +165,7 @@ class Worker:
             self._process.wait()
         assert self._process.stderr
         self._process.stderr.close()
+        self._jobs.close()
         os.close(self._results)
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._made:
+            shutil.rmtree(self._made, ignore_errors=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evalkit.sandbox.launch import is_below, view
+from evalkit.sandbox.launch import home, is_below, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,8 @@ def prove(namespaces: list[str], file_mb: int, run: Runner) -> list[Layer]:
 @contextmanager
 def _bait(file_mb: int) -> Iterator[dict[str, Any]]:
     """Things that a program must not reach: a listening port, a file, folders to write in."""
-    seen, home, scratch = view(), Path.home(), "/tmp"
-    entries = [str(p) for p in home.iterdir()] if os.access(home, os.R_OK) else []
+    seen, at_home, scratch = view(), home(), "/tmp"
+    entries = [str(p) for p in at_home.iterdir()] if os.access(at_home, os.R_OK) else []
     with socket.socket() as listening, tempfile.TemporaryDirectory(prefix="evalkit-bait-") as folder:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -117,6 +117,8 @@ def _bait(file_mb: int) -> Iterator[dict[str, Any]]:
             # Folders on the way to the interpreter exist inside, empty but for that.
             "home": [p for p in entries if not any(is_below(s, p) or is_below(p, s) for s in seen["show"])][:200],
             "hidden": seen["hide"],
-            "folders": sorted({folder, str(Path.cwd()), str(home), "/", "/usr", "/dev/shm", *seen["show"]} - {scratch}),
+            "folders": sorted(
+                {folder, str(Path.cwd()), str(at_home), "/", "/usr", "/dev/shm", *seen["show"]} - {scratch}
+            ),
             "file_bytes": (file_mb << 20) + 1,
         }

@@ -1,7 +1,7 @@
 """Namespaces, mounts, capabilities and the system-call filter, by the kernel's own calls through ctypes.
 
-    enter(view, 64)        user, mount, pid, network, ipc and uts namespaces; a root of read-only binds; a scratch
-    confine(filter, 64)    in the program's process: nobody's id, no capability, few threads, the filter
+    enter(view, "/tmp", 64)    user, mount, pid, network, ipc and uts namespaces; a root of read-only binds; a scratch
+    confine(filter, 64)        in the program's process: nobody's id, no capability, few threads, the filter
 
 x86-64 and aarch64. Imported only inside a worker on Linux.
 """
@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-SCRATCH = "/tmp"
+_STAGE = "/tmp"  # any folder that every system has
 NOBODY = 65534
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 _CLONE_THREAD = 1 << 16
@@ -152,7 +152,7 @@ def back_to(own: int) -> None:
     _call("setns", own, _NEWPID)
 
 
-def enter(view: Mapping[str, Sequence[str]], scratch_mb: int) -> None:
+def enter(view: Mapping[str, Sequence[str]], scratch: str, scratch_mb: int) -> None:
     """Move this (single-threaded) process into fresh namespaces and onto a new root.
 
     `view`: `show` paths are bound read-only, `hide` folders covered by an empty one. The next child is the first
@@ -172,8 +172,8 @@ def enter(view: Mapping[str, Sequence[str]], scratch_mb: int) -> None:
     if os.waitpid(helper, 0)[1] != 0:
         raise OSError(_EPERM, "uid_map: the kernel refused the mapping of user ids")
     _call("sethostname", b"sandbox", 7)
-    _build_root(view)
-    fresh_scratch(scratch_mb)
+    _build_root(view, scratch)
+    fresh_scratch(scratch, scratch_mb)
 
 
 def _write_maps(process: Path, uid: int, gid: int) -> int:
@@ -196,22 +196,22 @@ def _mount(source: str, target: str, kind: str, flags: int, data: str = "") -> N
     _call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode())
 
 
-def _build_root(view: Mapping[str, Sequence[str]]) -> None:
+def _build_root(view: Mapping[str, Sequence[str]], scratch: str) -> None:
     """A tmpfs as the new root, the old one bound into it piece by piece, then dropped (as bubblewrap does)."""
     _mount("none", "/", "", _REC | _PRIVATE)
-    _mount("tmpfs", SCRATCH, "tmpfs", _NOSUID | _NODEV, "mode=0755,size=1m")
-    old, new = Path(SCRATCH, "old"), Path(SCRATCH, "new")
+    _mount("tmpfs", _STAGE, "tmpfs", _NOSUID | _NODEV, "mode=0755,size=1m")
+    old, new = Path(_STAGE, "old"), Path(_STAGE, "new")
     old.mkdir(0o755)
     new.mkdir(0o755)
     _mount(str(new), str(new), "", _BIND)
-    os.chdir(SCRATCH)
+    os.chdir(_STAGE)
     _call("pivot_root", b".", b"old")
     os.chdir("/")
     for path in view["show"]:
         _bind(path)
     for path in view["hide"]:
         _mount("tmpfs", f"/new{path}", "tmpfs", _NOSUID | _NODEV | _RDONLY, "mode=0555,size=4k")
-    Path(f"/new{SCRATCH}").mkdir(0o755, parents=True, exist_ok=True)
+    Path(f"/new{scratch}").mkdir(0o755, parents=True, exist_ok=True)
     _call("umount2", b"/old", _DETACH)
     os.chdir("/new")
     _mount("none", "/new", "", _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
@@ -241,9 +241,9 @@ def _bind(path: str) -> None:
             _mount("none", point, "", _REMOUNT | _BIND | _RDONLY | _NOSUID | flags)
 
 
-def fresh_scratch(scratch_mb: int) -> int:
+def fresh_scratch(path: str, scratch_mb: int) -> int:
     """An empty scratch over or in place of the old one; the number of its free inodes, which tells if it was used."""
     with suppress(OSError):  # EINVAL the first time
-        _call("umount2", SCRATCH.encode(), _DETACH)
-    _mount("tmpfs", SCRATCH, "tmpfs", _NOSUID | _NODEV, f"mode=1777,size={scratch_mb}m,nr_inodes=4096")
-    return os.statvfs(SCRATCH).f_ffree
+        _call("umount2", path.encode(), _DETACH)
+    _mount("tmpfs", path, "tmpfs", _NOSUID | _NODEV, f"mode=1777,size={scratch_mb}m,nr_inodes=4096")
+    return os.statvfs(path).f_ffree

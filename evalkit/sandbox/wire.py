@@ -26,7 +26,16 @@ SIZE = struct.Struct(">I")
 _MOST_ITEMS = 1_000_000
 _WORD = 1 << 63  # larger integers cross as hexadecimal: decimal text has a length limit and a quadratic cost
 _SAMPLES: tuple[Any, ...] = ([], (), "", {}, set(), range(0), {}.keys(), {}.values(), {}.items(), reversed([]))
-_LAZY: tuple[type, ...] = (types.GeneratorType, map, filter, zip, enumerate, reversed, itertools.chain, itertools.islice)
+_LAZY: tuple[type, ...] = (
+    types.GeneratorType,
+    map,
+    filter,
+    zip,
+    enumerate,
+    reversed,
+    itertools.chain,
+    itertools.islice,
+)
 _LAZY += tuple(type(iter(x)) for x in _SAMPLES) + tuple(type(x) for x in _SAMPLES[6:])
 
 

@@ -95,7 +95,7 @@ class Worker:
         linux, config = self._linux, self._config
         self._filter = linux.filter_program()
         if config.level == "kernel":
-            linux.enter(config.view, int(config.limits["scratch_mb"]))
+            linux.enter(config.view, config.scratch, int(config.limits["scratch_mb"]))
         linux.settle()
         if config.level == "kernel":
             child = os.fork()
@@ -286,7 +286,7 @@ class Worker:
         if self._own_pids < 0:
             empty(scratch)
         elif os.statvfs(scratch).f_ffree != self._untouched:
-            self._untouched = self._linux.fresh_scratch(int(self._config.limits["scratch_mb"]))
+            self._untouched = self._linux.fresh_scratch(str(scratch), int(self._config.limits["scratch_mb"]))
 
     def _leave(self) -> NoReturn:
         """End with all below: the kernel's doing when this is the first process of its pid namespace."""

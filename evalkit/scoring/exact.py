@@ -10,7 +10,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 
-from evalkit.extract import Answer, Rule, find_rule, options_of
+from evalkit.extract import Answer, Rule, find_rule, first_paragraph, options_of
 from evalkit.types import Completion, Sample, Score, Switches
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -44,8 +44,9 @@ MATCH: dict[str, Callable[[Answer, Sample, Rule], float]] = {
 
 
 def score(sample: Sample, completion: Completion, switches: Switches) -> Score:
-    """`switches["rule"]` of `switches["benchmark"]` over the completion's text. UnknownName for a rule it lacks."""
+    """`switches["rule"]` of `switches["benchmark"]` over the completion's text, or, with `paragraph_cut`, over its
+    first paragraph. UnknownName for a rule it lacks."""
     name, read = find_rule(switches["benchmark"], switches["rule"])
-    answer = read(completion.text, sample)
+    answer = read(first_paragraph(completion.text) if switches.get("paragraph_cut", False) else completion.text, sample)
     status = "scored" if answer.parsed else "unparsed"
     return Score(sample.id, status, MATCH[name](answer, sample, read), answer.text, sample.group)

@@ -58,7 +58,7 @@ HOSTILE = {
     ),
     "10,000 files": (
         f"def f():\n    for i in range(10000): open('{LEFT}%d' % i, 'w').close()\n" + RIGHT,
-        "failed OSError",
+        "failed/passed",  # bubblewrap's scratch is limited in size only
     ),
     "endless output": ("def f():\n    while True: print('x' * 10000)\n", "timed_out"),
     "endless output, descriptor": ("import os\ndef f():\n    while True: os.write(1, b'x' * 10000)\n", "timed_out"),
@@ -73,8 +73,8 @@ HOSTILE = {
     "kills the parent, os.kill": ("import os\ndef f():\n    os.kill(os.getppid(), 9)\n", "failed TypeError"),
     "kills all it can name": (
         LIBC + "def f():\n    for p in [os.getppid(), 0, -1, *range(2, 400), *range(-400, -1)]:\n"
-        "        if libc.kill(p, 9) == 0: return 'killed %d' % p\n    return 'nobody'\n",
-        "failed AssertionError",
+        "        if p != os.getpid() and libc.kill(p, 9) == 0: return 'killed %d' % p\n" + RIGHT,
+        "passed",
     ),
     "os._exit at import": ("import os\nos._exit(0)\n", "unfinished exit 0"),
     "os._exit in the call": ("import os\ndef f():\n    os._exit(0)\n", "unfinished exit 0"),

