@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from evalkit import engines, plan, pool, store
+from evalkit import pool, runner, store
 from evalkit.plan import Plan
-from evalkit.pool import Work
+from evalkit.pool import Session, Work
 from evalkit.store import RunFolder
 from evalkit.types import Choose, Generate, Request, RunSpec
 
@@ -67,50 +68,59 @@ class Planned:
     plan: Plan
     folder: RunFolder
     todo: Work
-    requests: list[Request]
-    texts: dict[str, str]  # key -> prompt as text
+    batches: list[list[int]]  # numbers of requests, in the order asked
 
-    def tokens(self) -> int:
-        return sum(len(request.tokens) for request in self.requests)
+    def requests(self) -> list[Request]:
+        return list(self.todo.requests.read(chain.from_iterable(self.batches)))
+
+    def texts(self) -> dict[str, str]:
+        """Key -> prompt as text."""
+        return {line["key"]: line["text"] for column in self.plan.columns
+                for line in self.folder.lines(column.column.name, "requests")}
 
 
 def planned(spec: RunSpec, scratch: Path, name: str = "run") -> Planned:
-    engines.prepare("vllm")
-    made = plan.make(spec)
+    made = runner.make(spec)
     folder = store.create(str(scratch), "model", name)
-    todo = pool.requests(made, folder)
-    texts = {line["key"]: line["text"] for column in made.columns for line in folder.lines(column.column.name, "requests")}
-    return Planned(made, folder, todo, pool.unanswered(todo, folder), texts)
+    with folder:
+        todo = pool.requests(made, folder)
+        return Planned(made, folder, todo, pool.unanswered(made, todo, folder))
 
 
-def ask(work: Planned, requests: Sequence[Request] | None = None, engine: Any = None) -> dict[str, Any]:
-    """Ask by the pool's own path, journal included; with `engine` None one is started and closed. Returns the cost and
-    the answers, by key: option log-probabilities, text, counts."""
-    own = engine is None
-    engine = start(work) if own else engine
-    with work.folder, measured() as cost:
-        pool.ask(engine, work.requests if requests is None else requests, work.folder, work.todo)
-    settings = dict(engine.settings)
-    if own:
-        engine.close()
-    found = {key: answer for column in work.plan.columns
-             for key, answer in work.folder.completions(column.column.name).items()}
-    failed = [answer.error for answer in found.values() if answer.finish == "error"]
-    if failed:
-        raise SystemExit(f"{len(failed)} requests failed: {failed[0]}")
-    return {"cpu": cost.cpu, "wall": cost.wall, "settings": settings, "answers": {
-        key: {"logprobs": a.logprobs, "text": a.text, "finish": a.finish, "prompt": a.n_prompt, "cached": a.n_cached,
-              "generated": a.n_generated} for key, a in found.items()}}
-
-
-def start(work: Planned) -> Any:
+def start(work: Planned) -> Session:
     """The run's engine, and one foreign question of each kind answered."""
-    engine = pool.start(work.plan, work.folder, work.todo)
-    warm = [Request(f"warm{i}", "", "", i, WARM, ask) for i, ask in enumerate((Generate(4), Choose(((5,), (6,)))))]
-    for completion in engine.complete(warm):
+    session = Session(work.plan, work.folder, work.todo)
+    asks = (Generate(4), Choose(((5,), (6,))))
+    for completion in session.complete(Request(f"warm{i}", "", "", i, WARM, ask) for i, ask in enumerate(asks)):
         if completion.error:
             raise SystemExit(completion.error)
-    return engine
+    return session
+
+
+def ask(work: Planned, batches: Sequence[Sequence[int]] | None = None, session: Session | None = None) -> dict[str, Any]:
+    """Ask by the pool's own path, journal included, and what it cost. Without `session` one is started and closed."""
+    own = session is None
+    session = session or start(work)
+    with work.folder, measured() as cost:
+        pool.ask(session, work.batches if batches is None else batches, work.folder, work.todo)
+    settings = dict(session.settings)
+    if own:
+        session.close()
+    return {"cpu": cost.cpu, "wall": cost.wall, "settings": settings, "answers": answers(work)}
+
+
+def answers(work: Planned) -> dict[str, dict[str, Any]]:
+    """All answers in the folder by key; none may have failed."""
+    found = {}
+    for column in work.plan.columns:
+        journal = work.folder.completions(column.column.name)
+        for key in journal:
+            one = journal[key]
+            if one.finish == "error":
+                raise SystemExit(f"a request failed: {one.error}")
+            found[key] = {"logprobs": one.logprobs, "text": one.text, "finish": one.finish, "prompt": one.n_prompt,
+                          "cached": one.n_cached, "generated": one.n_generated}
+    return found
 
 
 def side(name: str, folder: Path, *more: str) -> dict[str, Any]:

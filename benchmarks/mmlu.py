@@ -26,7 +26,7 @@ def spec(data: str, model: str, questions: int) -> RunSpec:
 def write(work: Planned, file: Path) -> None:
     """The requests for the other side, subject by subject."""
     lines = [{"key": r.key, "subject": r.sample.split("/")[0], "tokens": list(r.tokens), "options": r.ask.options}
-             for r in work.requests if isinstance(r.ask, Choose)]
+             for r in work.requests() if isinstance(r.ask, Choose)]
     settings = {"length": work.todo.length + 2, "model": work.plan.model.path, "seed": work.plan.recipe.seed}
     file.write_text(json.dumps({**settings, "requests": lines}))
 
@@ -35,12 +35,13 @@ def ours(folder: str, data: str, model: str, questions: int) -> dict[str, Any]:
     """evalkit's side: planned again, the very requests of the other side, asked through the pool."""
     given = json.loads((Path(folder) / "requests.json").read_text())
     work = planned(spec(data, model, questions), Path(folder) / f"ours-{questions}-{len(list(Path(folder).iterdir()))}")
-    same = {r.key: array("i", r.tokens) for r in work.requests}
+    requests = work.requests()
+    same = {r.key: array("i", r.tokens) for r in requests}
     if questions * len(SIZES) == len(given["requests"]) and same != {
             r["key"]: array("i", r["tokens"]) for r in given["requests"]}:
         raise SystemExit("the two sides have different requests")
     work.todo.length = max(work.todo.length, given["length"])
-    return {**ask(work), "tokens": work.tokens()}
+    return {**ask(work), "tokens": sum(len(r.tokens) for r in requests)}
 
 
 def letters(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]) -> dict[str, Any]:

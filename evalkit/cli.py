@@ -10,12 +10,21 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from evalkit import __version__
-from evalkit.errors import EvalkitError, InputError
+from evalkit.errors import EvalkitError, InputError, UnknownName
 from evalkit.types import RunSpec
+
+RARE = {  # what --option takes: its value and what it does
+    "allow": ("RULES", "run in spite of these lint errors"),
+    "reuse": ("RUN", "take equal answers over from another run"),
+    "sequential": ("", "ask column by column, not pooled"),
+    "strict": ("", "exit 1 when a cell is unhealthy"),
+}
+GRACE = 10.0  # seconds after a signal in which a second one changes nothing: the engine is being closed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,9 +65,10 @@ def _what(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tasks-dir", default="", metavar="DIR", help="a folder of your own tasks")
 
 
-def _common(p: argparse.ArgumentParser) -> None:
+def _common(p: argparse.ArgumentParser, run: bool = False) -> None:
     what = p.add_argument_group("what to evaluate")
-    what.add_argument("--model", required=True, metavar="M", help="a known NAME, NAME=DIR, a folder or a hub id")
+    what.add_argument("--model", required=not run, action="append" if run else "store", default=[], metavar="M",
+                      help="a known NAME, NAME=DIR, a folder or a hub id" + " (repeatable)" * run)
     _what(what)  # type: ignore[arg-type]
     what.add_argument("--set", action="append", default=[], metavar="C.SWITCH=V", dest="sets",
                       help="override a switch of a column or benchmark (repeatable)")
@@ -73,20 +83,34 @@ def _common(p: argparse.ArgumentParser) -> None:
 
 
 def _run(p: argparse.ArgumentParser) -> None:
-    _common(p)
+    _common(p, run=True)
     how = p.add_argument_group("how")
-    how.add_argument("--engine", default="", metavar="E", help="vllm (default), hf, replay or mock")
+    how.add_argument("--engine", default="", metavar="E", help="vllm (default), hf, openai, replay or mock")
     how.add_argument("--engine-args", nargs="+", action="extend", default=[], metavar="K=V",
-                     help="dtype, quantization, tensor_parallel_size, max_model_len, ...")
-    how.add_argument("--answers", default="", metavar="FILE", help="recorded answers for --engine replay")
+                     help="dtype, max_model_len, tensor_parallel_size, ...; of replay: answers=FILE, of openai: "
+                          "base_url=URL; these two also as --answers FILE, --base-url URL")
     how.add_argument("--judge", default="self", metavar="J", help="self (default) or openai:MODEL@URL")
     how.add_argument("--sandbox", default="auto", metavar="LEVEL", help="auto (default), bwrap, kernel or process")
-    how.add_argument("--allow", default="", metavar="RULES", help="run in spite of these lint errors, by commas")
-    how.add_argument("--strict", action="store_true", help="exit 1 when a cell is unhealthy")
+    how.add_argument("--dry-run", action="store_true", help="say what would be asked and what it costs; asks nothing")
+    how.add_argument("--option", action="append", default=[], metavar="K[=V]",
+                     help="; ".join(f"{name}{'=' * bool(value)}{value}: {text}" for name, (value, text) in RARE.items())
+                          + "; also as --sequential, --reuse RUN and so on")
     out = p.add_argument_group("where to")
     out.add_argument("--out", default="results", metavar="DIR", help="results folder (default results)")
     out.add_argument("--name", default="", metavar="N", help="the run's name (default time and short hash)")
     out.add_argument("--resume", default="", metavar="RUN", help="go on with this run; needs no other option")
+    for name, (value, _) in RARE.items():
+        _short(p, "option", name, name + "={}" if value else "")
+    _short(p, "engine_args", "answers", "answers={}")
+    _short(p, "engine_args", "base-url", "base_url={}")
+
+
+def _short(p: argparse.ArgumentParser, dest: str, name: str, form: str) -> None:
+    """`--reuse RUN` for `--option reuse=RUN`: not in the help by itself."""
+    if form:
+        p.add_argument(f"--{name}", action="append", dest=dest, type=form.format, default=[], help=argparse.SUPPRESS)
+    else:
+        p.add_argument(f"--{name}", action="append_const", dest=dest, const=name, default=[], help=argparse.SUPPRESS)
 
 
 def _prompts(p: argparse.ArgumentParser) -> None:
@@ -95,7 +119,8 @@ def _prompts(p: argparse.ArgumentParser) -> None:
     only.add_argument("--lint", action="store_true",
                       help="what is wrong with the prompts, a line a finding; exit 2 where a run would be refused")
     only.add_argument("--show", default="", metavar="ID", help="one sample's prompts as text and as tokens")
-    p.add_argument("--allow", default="", metavar="RULES", help="with --lint: as for `evalkit run`")
+    p.add_argument("--allow", action="append", dest="option", type="allow={}".format, default=[], metavar="RULES",
+                   help="with --lint: as for `evalkit run`")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
@@ -163,14 +188,16 @@ def spec_from(args: argparse.Namespace) -> RunSpec:
     bad = [item for item in getattr(args, "engine_args", []) if "=" not in item]
     if bad:
         raise InputError(f"--engine-args {bad[0]}: the form is key=value")
-    if getattr(args, "answers", ""):
-        given["answers"] = args.answers
     fields = {key: getattr(args, key) for key in ("model", "tasks", "recipe", "data", "limit", "format", "tokenizer",
                                                  "system", "tasks_dir")}
     if args.command == "run":
         fields |= {key: getattr(args, key) for key in ("engine", "out", "name", "judge", "sandbox")}
-    options = {"allow": args.allow} if getattr(args, "allow", "") else {}
-    if options:
+    options: dict[str, str] = {}
+    for name, _, value in (item.partition("=") for item in getattr(args, "option", [])):
+        if name not in RARE:
+            raise UnknownName("option", name, RARE, "--option")
+        options[name] = ",".join(filter(None, (options.get(name), value)))
+    if "allow" in options:
         from evalkit import lint
 
         lint.allowed(options)
@@ -180,20 +207,18 @@ def spec_from(args: argparse.Namespace) -> RunSpec:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    signal.signal(signal.SIGTERM, _terminated)
+    handler = _Signals()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice on configurations is not for our users
     try:
-        if argv[:1] == ["run"] and "--resume" in argv and "--model" not in argv:
-            argv = [*argv, "--model", ""]
         args = parser().parse_args(argv)
         from evalkit import commands
 
         code = commands.COMMANDS[args.command](args)
         sys.stdout.flush()
-        return code
     except EvalkitError as error:
         print(f"evalkit: {error}", file=sys.stderr)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
         print("evalkit: interrupted", file=sys.stderr)
         return 130
@@ -202,15 +227,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 143
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        code = 0
+    for number, earlier in before.items():  # not after a signal: a second one may still come
+        signal.signal(number, earlier)
+    return code
 
 
 class _Terminated(BaseException):
     """SIGTERM: ends like SIGINT, with another exit code."""
 
 
-def _terminated(*_: object) -> NoReturn:
-    raise _Terminated
+class _Signals:
+    """The first signal ends what is done, wherever it is; one that follows within GRACE disturbs no closing."""
+
+    def __init__(self) -> None:
+        self.last = -GRACE
+
+    def __call__(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if now - self.last >= GRACE:
+            self.last = now
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from typing import Any
 
 from evalkit import recipes
 from evalkit import tasks as task_folders
-from evalkit.cli import spec_from
+from evalkit.cli import parser, spec_from
 from evalkit.errors import InputError
+from evalkit.types import RunSpec
 
 
 def _table(rows: Iterable[Mapping[str, Any]], as_json: bool) -> int:
@@ -30,11 +31,41 @@ def _table(rows: Iterable[Mapping[str, Any]], as_json: bool) -> int:
 
 
 def do_run(args: Namespace) -> int:
-    from evalkit import runner
+    from evalkit import report, runner, store
 
-    outcome = runner.resume(args.resume) if args.resume else runner.run(spec_from(args))
-    print(f"{outcome.table}\nrun: {outcome.folder}")
-    return 1 if outcome.failed or (args.strict and outcome.unhealthy) else 0
+    if args.resume:
+        base = parser().parse_args(["run"])
+        if extra := [name for name, value in vars(args).items() if name != "resume" and value != getattr(base, name)]:
+            raise InputError(f"--resume takes all from the run: leave --{extra[0].replace('_', '-')} out")
+        outcomes = iter([runner.resume(args.resume)])
+    elif args.model:
+        specs = [spec_from(Namespace(**vars(args) | {"model": model})) for model in args.model]
+        if args.dry_run:
+            return _dry_run(specs)
+        outcomes = runner.run_all(specs)
+    else:
+        raise InputError("evalkit run needs --model; `evalkit models` lists known ones")
+    runs: list[dict[str, Any]] = []
+    bad = 0
+    for outcome in outcomes:
+        print(f"{outcome.table}\nrun: {outcome.folder}", flush=True)
+        folder = store.open_run(outcome.folder)
+        runs.append({**folder.read_json("run.json"), "metrics": folder.read_json("metrics.json")})
+        bad += bool(outcome.failed or (outcome.unhealthy and "strict" in runs[-1]["spec"]["options"]))
+    if len(runs) > 1:
+        print(report.render(report.table_from_runs(runs), "md"), end="")
+    return 1 if bad or len(runs) < len(args.model) else 0  # one of several models may have died
+
+
+def _dry_run(specs: Iterable[RunSpec]) -> int:
+    from evalkit import dryrun
+
+    for spec in specs:
+        rows, notes = dryrun.estimate(spec)
+        print(f"{spec.model}, {spec.recipe}")
+        _table(rows, False)
+        print("\n".join(notes))
+    return 0
 
 
 def do_prompts(args: Namespace) -> int:

@@ -38,7 +38,8 @@ def run_name(spec: RunSpec) -> str:
 def describe(plan: Plan) -> dict[str, Any]:
     """All of run.json that is known before the engine starts."""
     columns = [{"name": c.column.name, "benchmark": c.column.benchmark, "header": c.column.header,
-                "task": c.column.task, "kind": c.writer.task.kind, "samples": len(c.samples), "draw": c.n_draw, "switches": dict(c.column.switches)}
+                "task": c.column.task, "kind": c.writer.task.kind, "samples": len(c.samples), "draw": c.n_draw,
+                "switches": dict(c.column.switches)}
                for c in plan.columns]
     return {
         "status": "running",
@@ -54,7 +55,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "git": git_state(Path(__file__).parent),
         "hardware": hardware(),
         "notes": list(plan.notes),
-        "time": {"started": time.time(), "sessions": []},
+        "time": {"started": time.time()},
     }
 
 
@@ -79,15 +80,15 @@ def compare(before: Mapping[str, Any], plan: Plan, say: Callable[[str], None]) -
     for part, value in plan.parts.items():  # in every key
         if before["hashes"].get(part) != value:
             say(f"resume: the {part} changed since the run began, so all its earlier answers are asked for again")
-    tasks = before["hashes"].get("tasks", {})
+    tasks, rows = before["hashes"].get("tasks", {}), before["data"]["splits"]
     switches = {c["name"]: c["switches"] for c in before["recipe"]["columns"]}
-    parts = {f"task {name}": (tasks.get(name), _sha(path)) for name, path in plan.task_files.items()}
-    for c in plan.columns:
-        parts[f"recipe's {c.column.name}"] = (switches.get(c.column.name), _plain(dict(c.column.switches)))
-    parts["data"] = (_hashes(before["data"]), _hashes(data_record(plan)))
-    for part, (old, new) in parts.items():
-        if old != new:
-            say(f"resume: the {part} changed since the run began; prompts that differ by it are asked for again")
+    changed = [f"task {name}" for name, path in plan.task_files.items() if tasks.get(name) != _sha(path)]
+    changed += [f"recipe's {c.column.name}" for c in plan.columns
+                if switches.get(c.column.name) != _plain(dict(c.column.switches))]
+    changed += [f"data {name}" for name, split in data_record(plan)["splits"].items()
+                if rows.get(name, split)["sha256"] != split["sha256"]]
+    for part in changed:
+        say(f"resume: the {part} changed since the run began; prompts that differ by it are asked for again")
 
 
 def unfinished(home: Path, spec: RunSpec) -> list[Path]:
@@ -95,11 +96,11 @@ def unfinished(home: Path, spec: RunSpec) -> list[Path]:
     def asked(stored: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in stored.items() if k not in ("name", "out")}
 
-    found = []
+    found, wanted = [], asked(_plain(asdict(spec)))
     for path in sorted(home.glob("*/run.json")):
         with contextlib.suppress(InputError):
             run = RunFolder(path.parent).read_json("run.json")
-            if run.get("status") not in ("done", "failed") and asked(run.get("spec", {})) == asked(_plain(asdict(spec))):
+            if run.get("status") not in ("done", "failed") and asked(run.get("spec", {})) == wanted:
                 found.append(path.parent)
     return found
 
@@ -129,10 +130,6 @@ class Stopwatch:
 def _plain(value: Any) -> Any:
     """As JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(value))
-
-
-def _hashes(record: Mapping[str, Any]) -> dict[str, str]:
-    return {name: split["sha256"] for name, split in record["splits"].items()}
 
 
 def versions() -> dict[str, str]:

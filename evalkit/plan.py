@@ -116,7 +116,7 @@ def make(spec: RunSpec, weights: bool = True) -> Plan:
         pool = _pool(writer.task, column, source, recipe.seed, cache)
         planned.append(_column_plan(writer, pool, spec, recipe.seed))
     _check_ids(spec.ids, planned)
-    notes = _notes(spec, recipe, planned, chat_format)
+    notes = _notes(spec, recipe, planned, chat_format, model.published)
     files = {name: folders[name] / "task.py" for name in loaded}
     return Plan(spec, recipe, tuple(planned), model, tokenizer, chat_format, source, notes, files)
 
@@ -234,10 +234,12 @@ def _check_ids(ids: Sequence[str], planned: Sequence[ColumnPlan]) -> None:
                          "ids look like anatomy/test/12, gsm8k/main/test/228, bbh/snarks/44, HumanEval/38")
 
 
-def _notes(spec: RunSpec, recipe: Recipe, planned: Sequence[ColumnPlan], fmt: Format) -> tuple[str, ...]:
+def _notes(spec: RunSpec, recipe: Recipe, planned: Sequence[ColumnPlan], fmt: Format,
+           published: str) -> tuple[str, ...]:
     """What a reader of the table has to know, one line each."""
     benchmarks = {c.column.benchmark for c in planned}
-    notes = [n for n in recipe.notes if n.partition(":")[0] in benchmarks or n.partition(":")[0] not in recipe.benchmarks]
+    about = {**dict.fromkeys(recipe.benchmarks, False), **dict.fromkeys(benchmarks, True), "published": bool(published)}
+    notes = [note for note in recipe.notes if about.get(note.partition(":")[0], True)]
     notes.append(f"chat format: {fmt.name}" + (", the tokenizer's own" if fmt.name == "auto" else ""))
     if spec.system:
         notes.append(f"system message: {spec.system}")

@@ -158,7 +158,8 @@ def unanswered(planned: Plan, todo: Work, folder: RunFolder) -> list[list[int]]:
 
 def _reused(planned: Plan, folder: RunFolder) -> list[Completions]:
     """The journals of the run that --reuse names; the judge's answers there are copied whole, each by its key."""
-    if not (path := planned.spec.options.get("reuse")):
+    path = planned.spec.options.get("reuse", "")
+    if not path or not Path(path).is_dir():  # gone when the run is resumed: it has been copied by then
         return []
     for column in planned.columns:
         name = f"{column.column.name}.judge"

@@ -1,6 +1,6 @@
 """Completions -> Scores -> Metrics -> table: all that follows from a run folder's answers, again and again.
 
-    read_answers -> run_programs -> score_column -> measure -> write      (the runner calls them in this order)
+    StoredAnswers -> run_programs -> score_column -> measure -> write      (the runner calls them in this order)
 """
 
 from __future__ import annotations
@@ -21,11 +21,22 @@ from evalkit.types import Column, Completion, Metric, Sample, Score
 Answers = Mapping[str, Sequence[Completion]]  # sample id -> its completions by index
 
 
-def read_answers(folder: RunFolder, column: ColumnPlan, keys: Mapping[str, Sequence[str]]) -> dict[str, list[Completion]]:
-    """A column's answers by sample; one that is missing stands as an error, never as an empty answer."""
-    found = folder.completions(column.column.name)
-    return {sample: [found.get(key) or Completion(key, finish="error", error="no answer in the run folder")
-                     for key in own] for sample, own in keys.items()}
+class StoredAnswers(Mapping[str, list[Completion]]):
+    """A column's answers by sample, from the disk when asked for; one that is missing stands as an error, never as an
+    empty answer."""
+
+    def __init__(self, folder: RunFolder, column: str, keys: Mapping[str, Sequence[str]]) -> None:
+        self._found, self._keys = folder.completions(column), keys
+
+    def __getitem__(self, sample: str) -> list[Completion]:
+        return [self._found.get(key) or Completion(key, finish="error", error="no answer in the run folder")
+                for key in self._keys[sample]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def run_programs(plan: Plan, answers: Mapping[str, Answers]) -> tuple[dict[str, dict[str, Verdict]], str]:
@@ -64,7 +75,8 @@ def measure(column: ColumnPlan, scores: Sequence[Score], answers: Answers, marks
     by_group = column.column.switches["average"] == "groups"
     groups = len({s.group for s in column.samples}) if by_group else 0
     part = report.partial_mark(len(column.samples), column.n_draw, groups, column.n_groups if by_group else 0)
-    completions = [c for own in answers.values() for c in own]
+    # without their texts, which a million answers would hold in memory: health asks only whether there is one
+    completions = [replace(c, key="", text=c.text.strip()[:1]) for own in answers.values() for c in own]
     return report.metric(column.column, scores, completions, len(column.samples), (*((part,) if part else ()), *marks))
 
 
@@ -95,6 +107,6 @@ def write(plan: Plan, folder: RunFolder, metrics: Mapping[str, Metric], run: dic
     average = report.average(metrics, plan.recipe.columns, plan.recipe.benchmarks)
     folder.write_json("metrics.json", report.metrics_to_json(metrics, average))
     whole = {**run, "metrics": report.metrics_to_json(metrics, average)}
-    (folder.path / "table.md").write_text(report.render(report.table_from_runs([whole]), "md"), encoding="utf-8")
+    folder.write("table.md", [report.render(report.table_from_runs([whole]), "md")])
     return report.render_run(whole)
 

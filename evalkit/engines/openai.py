@@ -9,21 +9,23 @@ OPENAI_API_KEY only. What a server leaves out or gets wrong is the Completion's 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib
 import json
+import math
 import os
+import queue
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
 from evalkit.engines import EngineSpec, StartError, answers
-from evalkit.errors import InputError, UnknownName
+from evalkit.errors import EngineError, InputError, UnknownName
 from evalkit.types import Choose, Completion, Generate, Request
 
 NUMBERS = {"concurrency": 8.0, "timeout": 600.0, "retries": 5.0}  # requests at once; seconds of silence; tries after
@@ -81,35 +83,53 @@ class OpenAI:
     def _probe(self) -> None:
         """Finds out what the server takes and gives, each tried with one token."""
         tokens = list(self._tokenizer.encode("The capital of France is", add_special_tokens=False))
-        self._ids_in = self._ids_out = True
-        try:
-            reply = self._ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0}))
-            self._ids_in = _count(reply, "prompt_tokens") == len(tokens)
-            self._ids_out = isinstance(_choice(reply).get("token_ids"), list)
-        except Refused:
-            self._ids_in = self._ids_out = False
-        if not self._ids_in:  # this must work, or the server is of no use
-            _choice(self._ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0})))
-        for self._choice in ("exact", "top", "none"):
+        for self._ids_in, self._ids_out in ((True, True), (True, False), (False, False)):
             try:
+                reply = self._ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0}))
+                choice = _choice(reply)
+            except Refused:
+                if not self._ids_in:  # a text must do, or the server is of no use
+                    raise
+                continue
+            if not self._ids_in or _count(reply, "prompt_tokens") == len(tokens):
+                self._ids_out = self._ids_out and isinstance(choice.get("token_ids"), list)
+                break
+        for self._choice in ("exact", "top"):
+            with contextlib.suppress(Refused):
                 self._logprobs(tokens, tuple(tokens[:2]) if self._choice == "exact" else ())
                 return
-            except Refused:
-                continue
+        self._choice = "none"
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        waiting = iter(requests)
-        pool, flying = ThreadPoolExecutor(self._many), set[Future[Completion]]()
+        waiting, flying = iter(requests), 0
+        todo, done = queue.SimpleQueue[Request | None](), queue.SimpleQueue[Completion | None]()
+        for _ in range(self._many):  # daemons: a silent server does not keep an ended run from leaving
+            threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
         try:
             while True:
-                flying |= {pool.submit(self._answer, r) for r in islice(waiting, 2 * self._many - len(flying))}
+                for request in islice(waiting, 2 * self._many - flying):
+                    todo.put(request)
+                    flying += 1
                 if not flying:
                     return
-                done, flying = wait(flying, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
+                if (completion := done.get()) is None:
+                    raise EngineError("--engine openai: a thread of evalkit's died; its traceback stands above")
+                flying -= 1
+                yield completion
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    todo.get_nowait()
+            for _ in range(self._many):
+                todo.put(None)
+
+    def _work(self, todo: queue.SimpleQueue[Request | None], done: queue.SimpleQueue[Completion | None]) -> None:
+        while (request := todo.get()) is not None:
+            completion = None
+            try:
+                completion = self._answer(request)
+            finally:
+                done.put(completion)
 
     def close(self) -> None:
         self._over.set()  # nobody waits for another try
@@ -134,8 +154,10 @@ class OpenAI:
             extra["stop"] = list(texts if self._ids_out else texts[:4])  # OpenAI takes four; all are cut below
         if self._ids_out:
             extra["stop_token_ids"] = sorted({*self._ends.ids, *answers.single_stops(ask)})
+            # A vLLM server fills in what is left out from the model's generation config; no recipe has these.
+            extra |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         reply = self._ask("/completions", self._body([*request.tokens], extra))
-        choice, cached = _choice(reply), _count(reply.get("usage"), "prompt_tokens_details", "cached_tokens") or 0
+        choice, cached = _choice(reply), _count(reply, "prompt_tokens_details", "cached_tokens") or 0
         self._same_prompt(reply, request)
         if self._ids_out:
             ids = choice.get("token_ids")
@@ -149,15 +171,15 @@ class OpenAI:
         ask = request.ask
         assert isinstance(ask, Generate)
         named = (*ask.stop, *(self._tokenizer.decode(list(ids)) for ids in ask.stop_tokens))
-        text, why, said = choice["text"], choice.get("finish_reason"), choice.get("stop_reason")
+        text, why, said = choice["text"], choice.get("finish_reason"), choice.get("stop_reason", "?")
         n = len(self._tokenizer.encode(text, add_special_tokens=False)) if n is None else n
         if n > ask.max_tokens:
             raise Refused(f"it counts {n} tokens where {ask.max_tokens} were asked for")
         at, stop = answers.first_text(text, (*named, *self._ends.texts))
         if stop:
             finish, stop = ("stop", stop) if stop in named else ("eos", "")
-        elif why == "stop":  # the server cuts the stop off and need not say which it was
-            finish, stop = ("stop", said if isinstance(said, str) else "?") if named and said != "" else ("eos", "")
+        elif why == "stop":  # the server cut the stop off; vLLM tells which it was, others do not
+            finish, stop = ("stop", said) if named and isinstance(said, str) else ("eos", "")
         elif why == "length":
             finish = "max_tokens" if n >= ask.max_tokens else "context"
         else:
@@ -188,8 +210,10 @@ class OpenAI:
         told = _choice(self._ask("/completions", self._body(tokens, extra))).get("logprobs")
         rows = told.get("top_logprobs") if isinstance(told, dict) else None
         row = rows[0] if isinstance(rows, list) and rows else None
-        if not isinstance(row, dict) or not all(isinstance(value, int | float) and value <= 0 for value in row.values()):
+        if not isinstance(row, dict) or not row or not all(isinstance(value, int | float) for value in row.values()):
             raise Refused("it gives no log-probabilities")
+        if (mass := sum(math.exp(min(value, 1.0)) for value in row.values())) > 1.01:
+            raise Refused(f"its log-probabilities are none: they sum to {mass:.2f}")
         if missing := [token for token in ids if f"token_id:{token}" not in row]:
             raise Refused(f"it gives no log-probability of the token ids {missing}")
         return row
@@ -246,6 +270,6 @@ def _choice(reply: Mapping[str, Any]) -> dict[str, Any]:
 
 def _count(reply: Any, *path: str) -> int | None:
     """`usage`'s number: `_count(reply, "prompt_tokens")`; None where the server leaves it out."""
-    for name in ("usage", *path) if len(path) == 1 else path:
+    for name in ("usage", *path):
         reply = reply.get(name) if isinstance(reply, dict) else None
     return reply if isinstance(reply, int) else None

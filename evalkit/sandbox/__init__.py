@@ -187,7 +187,11 @@ class Sandbox:
                 raise EOFError("the sandbox is closed")
             worker = launch.Worker(self.level, asdict(self.limits))
             self._workers.append(worker)
-        worker.hello()
+        try:
+            worker.hello()
+        except (OSError, EOFError):
+            worker.close()
+            raise
         return worker
 
     def _take(self) -> tuple[Program, bool] | None:
@@ -237,7 +241,7 @@ def _prove(level: str, limits: Limits) -> tuple[launch.Worker | None, list[Layer
 
     try:
         return worker, layers.prove(worker.hello(), limits.file_mb, run)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, ValueError) as error:
         worker.close()
         return None, [Layer(name, False, str(error) or "the worker ended") for name in layers.NAMES]
 
@@ -252,11 +256,11 @@ def _candidates(level: str) -> tuple[str, ...]:
 
 def _open(level: str, limits: Limits, required: Iterable[str] | None) -> tuple[str, list[Layer], launch.Worker]:
     """The first candidate that has every required layer."""
-    missing = []
+    asked, missing = None if required is None else set(required), []
+    if unknown := sorted((asked or set()) - set(layers.NAMES)):
+        raise UnknownName("sandbox layer", unknown[0], layers.NAMES)
     for candidate in _candidates(level):
-        wanted = set(required if required is not None else _required(candidate))
-        if unknown := sorted(wanted - set(layers.NAMES)):
-            raise UnknownName("sandbox layer", unknown[0], layers.NAMES)
+        wanted = asked if asked is not None else layers.PROCESS if candidate == "process" else layers.NAMES
         worker, proofs = _prove(candidate, limits)
         lacking = [layer for layer in proofs if layer.name in wanted and not layer.active]
         if worker and not lacking:
@@ -266,10 +270,6 @@ def _open(level: str, limits: Limits, required: Iterable[str] | None) -> tuple[s
         why = "; ".join(dict.fromkeys(layer.proof for layer in lacking))
         missing.append(f"{candidate} lacks {', '.join(layer.name for layer in lacking)} ({why})")
     raise InputError(f"no sandbox at level {level!r}: {'; '.join(missing)}; {_REMEDY}")
-
-
-def _required(level: str) -> tuple[str, ...]:
-    return layers.PROCESS if level == "process" else layers.NAMES
 
 
 def check(level: str = "auto") -> list[Layer]:

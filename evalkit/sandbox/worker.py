@@ -205,7 +205,7 @@ class Worker:
 
         The clock counts wall time less the time in which the two processes were ready to run and had no core.
         """
-        start, deadline = 0.0, time.monotonic() + _LAG
+        start, before, deadline = 0.0, None, time.monotonic() + _LAG
         while True:
             if self._wait(line.fileno(), deadline - time.monotonic()):
                 try:
@@ -214,31 +214,32 @@ class Worker:
                     return {"status": "lost"}
                 if said != "started":
                     return dict(said)
-                start = time.monotonic()
+                start, before = time.monotonic(), self._waited()
                 deadline = start + limit
                 continue
             if not start:
                 return {"status": "broken", "detail": f"its processes did not start in {_LAG:.0f} s"}
-            spent, lost = time.monotonic() - start, self._lost()
+            spent, after = time.monotonic() - start, self._waited()
             timed_out = {"status": "timed_out", "detail": f"over {limit:g} s", "seconds": spent}
-            if lost is None:  # no such account on this system: by the load of the machine
+            if before is None or after is None:  # no such account on this system: by the load of the machine
                 loaded = os.getloadavg()[0] > (os.cpu_count() or 1)
                 return timed_out | ({"status": "suspect"} if loaded and not alone else {})
-            if spent - lost >= limit or spent >= limit * _STRETCH_ALONE:
+            left = limit - spent + after - before
+            if left <= 0 or spent >= limit * _STRETCH_ALONE:
                 return timed_out
             if spent >= limit * _STRETCH and not alone:
                 return timed_out | {"status": "suspect"}
-            deadline = time.monotonic() + max(limit - spent + lost, 0.005)
+            deadline = time.monotonic() + max(left, 0.005)
 
-    def _lost(self) -> float | None:
-        """Seconds that the job's processes have waited for a core; None where the kernel does not tell."""
+    def _waited(self) -> float | None:
+        """Seconds that checker and program have waited for a core so far; None where the kernel does not tell."""
         try:
             return sum(int(_proc(f"{pid}/schedstat", self._config.proc).split()[1]) for pid in self._children()) / 1e9
         except OSError:
             return None
 
     def _children(self) -> list[int]:
-        """As the harness's /proc numbers them."""
+        """As the harness's /proc numbers them; at the level `process` that is as this process does."""
         return [int(pid) for pid in _proc("thread-self/children", self._config.proc).split()]
 
     def _wait(self, fd: int, seconds: float | None) -> bool:
@@ -274,11 +275,12 @@ class Worker:
             ended[pid] = os.waitpid(pid, 0)[1]
         self._started = []
         kept = {self._checker[0]} if self._checker else set()
-        # Orphans have come to this process; at the other levels the filter lets none be made.
-        while process and self._linux and (orphans := set(self._children()) - kept):
-            for pid in orphans:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+        with suppress(OSError):  # a kernel that does not list children
+            # Orphans have come to this process; at the other levels the filter lets none be made.
+            while process and self._linux and (orphans := set(self._children()) - kept):
+                for pid in orphans:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
         return ended
 
     def _clean(self) -> None:
