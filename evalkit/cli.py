@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
         "check", help="try each layer and say which hold")
     check.add_argument("--sandbox", default="auto", metavar="LEVEL", help="auto (default), bwrap, kernel or process")
     _model_checks(commands)
+    _noise(commands.add_parser("check-engines", help="how much engines differ: below that, a gain is noise"))
     return top
 
 
@@ -163,6 +164,16 @@ def _model_checks(commands: argparse._SubParsersAction[_Parser]) -> None:
     recover.add_argument("--diff", required=True, metavar="DIFF", help="folder of the weight diff")
     recover.add_argument("--out", required=True, metavar="DIR", help="folder of the rebuilt model")
     recover.add_argument("--dtype", default="float32", metavar="T", help="float32 (default), float16 or bfloat16")
+
+
+def _noise(p: argparse.ArgumentParser) -> None:
+    _common(p)
+    p.set_defaults(data="sample", limit=4)
+    p.add_argument("--engine", default="", metavar="E", help="the engine that is held against itself (default vllm)")
+    p.add_argument("--engine-args", nargs="+", action="extend", default=[], metavar="K=V", help="dtype, ...")
+    p.add_argument("--against", default="hf", metavar="E", help="and against this one (default hf)")
+    p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="new tokens at most (default 64)")
+    p.add_argument("--json", action="store_true", help="for programs")
 
 
 def _positive(text: str) -> int:

@@ -242,6 +242,25 @@ def do_recover(args: Namespace) -> int:
     return 0
 
 
+def do_check_engines(args: Namespace) -> int:
+    from dataclasses import asdict, replace
+
+    from evalkit import noise
+
+    spec = replace(spec_from(args), engine=args.engine)
+    found = noise.check(spec, args.against, args.max_tokens)
+    if args.json:
+        return _table(map(asdict, found), True)
+    failed = sum(d.failed for d in found)
+    return _table(({
+        "column": d.column, "compared": d.compared, "same text": f"{d.same} of {d.texts}" if d.texts else "",
+        "first differing token": "" if d.first is None else d.first,
+        "letters flipped": f"{d.flipped} of {d.letters}" if d.letters else "",
+        "largest logprob difference": "" if d.logprob is None else f"{d.logprob:.3f}", "failed": d.failed or "",
+    } for d in found), False) or int(failed > 0)
+
+
 COMMANDS = {"run": do_run, "prompts": do_prompts, "stats": do_stats, "table": do_table, "score": do_score, "tasks": do_tasks,
             "models": do_models, "formats": do_formats, "recipes": do_recipes, "data": do_data, "sandbox": do_sandbox,
-            "doctor": do_doctor, "recover": do_recover}
+            "doctor": do_doctor, "recover": do_recover,
+            "check-engines": do_check_engines}

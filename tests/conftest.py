@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; waiting threads must not take the cores
 ROOT = Path(__file__).resolve().parent.parent
 
 

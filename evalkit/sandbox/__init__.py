@@ -7,9 +7,9 @@ system calls; every process of a program ended with it, and all of them with the
 an attempt (`check`), and a Sandbox that lacks one refuses to start.
 
 A pass is a proof that every assertion ran: the test is run by a checker in a process of its own, which calls the
-program's functions over a pipe and takes plain data for an answer. No test text, expected value or nonce is ever in
-the program's process, so frames, gc, trace hooks, threads, memory, exit codes and objects with an `__eq__` of their
-own tell it nothing and prove nothing.
+program's functions over a pipe, takes plain data for an answer, and gives back a nonce after the last assertion. No
+test text, expected value or nonce is ever in the program's process, so frames, gc, trace hooks, threads, memory, exit
+codes and objects with an `__eq__` of their own tell it nothing and prove nothing.
 
 Does not cover: a flaw of the kernel; time and cache as channels between programs; solutions known by heart; a
 program that replaces a helper of the prompt which the test itself calls (HumanEval 32, 38, 50: `poly` and the two
