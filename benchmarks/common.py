@@ -97,7 +97,8 @@ def start(work: Planned) -> Session:
     return session
 
 
-def ask(work: Planned, batches: Sequence[Sequence[int]] | None = None, session: Session | None = None) -> dict[str, Any]:
+def ask(work: Planned, batches: Sequence[Sequence[int]] | None = None,
+        session: Session | None = None) -> dict[str, Any]:
     """Ask by the pool's own path, journal included, and what it cost. Without `session` one is started and closed."""
     own = session is None
     session = session or start(work)
@@ -175,9 +176,11 @@ def pairs(ours: Callable[[], dict[str, Any]], theirs: Callable[[], dict[str, Any
     return found
 
 
-def median_ratio(found: Sequence[tuple[Any, Any]]) -> float:
-    """The middle of theirs / ours, in CPU-seconds."""
-    return statistics.median(theirs["cpu"] / ours["cpu"] for ours, theirs in found)
+def ratios(found: Sequence[tuple[Any, Any]], least: float) -> dict[str, Any]:
+    """theirs / ours in CPU-seconds: the middle one, each, and both sides' middle seconds."""
+    every = [theirs["cpu"] / ours["cpu"] for ours, theirs in found]
+    return {"ratio": statistics.median(every), "target": least, "ratios": every, "pairs": len(found),
+            "cpu": [middle(found, 0), middle(found, 1)], "wall": [middle(found, 0, "wall"), middle(found, 1, "wall")]}
 
 
 def middle(found: Sequence[tuple[Any, Any]], which: int, key: str = "cpu") -> float:

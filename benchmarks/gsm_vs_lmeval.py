@@ -56,7 +56,7 @@ def theirs(folder: str) -> dict[str, Any]:
     asked = [instance(i, row["text"], row["stop"], row["max_tokens"]) for i, row in enumerate(rows)]
     with common.measured() as cost:
         found = model.generate_until(asked, disable_tqdm=True)
-    return {"cpu": cost.cpu, "wall": cost.wall, "answers": {row["key"]: text for row, text in zip(rows, found, strict=True)}}
+    return {"cpu": cost.cpu, "wall": cost.wall, "answers": dict(zip((row["key"] for row in rows), found, strict=True))}
 
 
 def main() -> int:
@@ -82,13 +82,12 @@ def compare(args: argparse.Namespace) -> int:
     answers = ours["answers"]
     equal = sum(answers[key]["text"] == text for key, text in theirs["answers"].items())
     tokens = sum(a["generated"] for a in answers.values())
-    own, other, ratio = common.middle(found, 0), common.middle(found, 1), common.median_ratio(found)
+    result = common.ratios(found, LEAST)
     return common.report("gsm_vs_lmeval", [
         ["side", "questions", "CPU s", "ratio"],
-        ["lm-eval", len(answers), other, ""],
-        ["evalkit", len(answers), own, ratio],
-    ], {"ratio": ratio, "target": LEAST, "pairs": len(found), "ratios": [b["cpu"] / a["cpu"] for a, b in found],
-        "cpu": [own, other], "equal_texts": equal, "questions": len(answers), "generated": tokens, "met": ratio >= LEAST})
+        ["lm-eval", len(answers), result["cpu"][1], ""],
+        ["evalkit", len(answers), result["cpu"][0], result["ratio"]],
+    ], {**result, "equal_texts": equal, "questions": len(answers), "generated": tokens, "met": result["ratio"] >= LEAST})
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def letters(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[f
     other = [key for key in theirs if best(ours[key]) != best(theirs[key])]
     return {"questions": len(theirs), "other_letter": len(other),
             "differ": sum(margin(theirs[key]) > TIE for key in other),
-            "largest_difference": max(abs(a - b) for key in theirs for a, b in zip(ours[key], theirs[key], strict=True))}
+            "largest_difference": max(abs(a - b) for key, row in theirs.items()
+                                      for a, b in zip(ours[key], row, strict=True))}
 
 
 def relative(row: Sequence[float]) -> list[float]:

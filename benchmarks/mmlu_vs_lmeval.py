@@ -34,9 +34,9 @@ def lm_eval_model(given: dict[str, Any]) -> Any:
     metadata.version = lambda package: real(name if package == "vllm" else package)
     from lm_eval.models.vllm_causallms import VLLM
 
-    options = vllm_start.options(EngineSpec(given["model"], max_model_len=given["length"], seed=given["seed"]), vllm, cpu)
-    renamed = {"pretrained": options.pop("model"), **{key: options.pop(key) for key in ("revision", "tokenizer", "seed")}}
-    return VLLM(**renamed, max_model_len=options.pop("max_model_len"), **options)
+    spec = EngineSpec(given["model"], max_model_len=given["length"], seed=given["seed"])
+    options = vllm_start.options(spec, vllm, cpu)
+    return VLLM(pretrained=options.pop("model"), **options)
 
 
 def theirs(folder: str) -> dict[str, Any]:
@@ -76,15 +76,14 @@ def compare(args: argparse.Namespace) -> int:
         found = common.pairs(lambda: common.side("ours", folder), lambda: common.side("theirs", folder), args.pairs)
         ours, theirs = found[-1]
         agree = mmlu.letters({k: a["logprobs"] for k, a in ours["answers"].items()}, theirs["answers"])
-        ratio = common.median_ratio(found)
+        result = common.ratios(found, LEAST)
         rows: list[list[object]] = [["side", "questions", "prompt tokens", "computed", "CPU s", "ratio"]]
         computed = sum(a["prompt"] - a["cached"] for a in ours["answers"].values())
         n = args.questions * len(mmlu.SIZES)
-        own, other = common.middle(found, 0), common.middle(found, 1)
+        own, other = result["cpu"]
         rows += [["lm-eval", n, theirs["tokens"], theirs["tokens"], other, ""],
-                 ["evalkit", n, ours["tokens"], computed, own, ratio]]
-        result = {"ratio": ratio, "target": LEAST, "pairs": len(found), "ratios": [b["cpu"] / a["cpu"] for a, b in found],
-                  "cpu": [own, other], "letters": agree, "met": ratio >= LEAST and not agree["differ"]}
+                 ["evalkit", n, ours["tokens"], computed, own, result["ratio"]]]
+        result |= {"letters": agree, "met": result["ratio"] >= LEAST and not agree["differ"]}
         if args.many:
             many = common.side("many", folder)
             expected = other / theirs["tokens"] * (4 * many["tokens"] + 4 * len(many["answers"]))
@@ -92,9 +91,7 @@ def compare(args: argparse.Namespace) -> int:
             rows += [["lm-eval, computed", len(many["answers"]), 4 * many["tokens"], 4 * many["tokens"], expected, ""],
                      ["evalkit", len(many["answers"]), many["tokens"], computed, many["cpu"], expected / many["cpu"]]]
             result |= {"many": args.many, "many_cpu": many["cpu"], "many_ratio": expected / many["cpu"]}
-    code = common.report("mmlu_vs_lmeval", rows, result)
-
-    return code
+    return common.report("mmlu_vs_lmeval", rows, result)
 
 
 if __name__ == "__main__":

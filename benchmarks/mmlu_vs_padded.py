@@ -79,14 +79,13 @@ def compare(args: argparse.Namespace) -> int:
     agree = mmlu.letters({key: mmlu.relative(a["logprobs"]) for key, a in ours["answers"].items()},
                          {key: mmlu.relative(row) for key, row in theirs["answers"].items()})
     computed = sum(a["prompt"] - a["cached"] for a in ours["answers"].values())
-    own, other, ratio = common.middle(found, 0), common.middle(found, 1), common.median_ratio(found)
+    result = common.ratios(found, LEAST)
     n = args.questions * len(mmlu.SIZES)
     return common.report("mmlu_vs_padded", [
         ["side", "questions", "tokens", "computed", "CPU s", "ratio"],
-        ["padded batch of 8", n, ours["tokens"], theirs["tokens"], other, ""],
-        ["evalkit", n, ours["tokens"], computed, own, ratio],
-    ], {"ratio": ratio, "target": LEAST, "pairs": len(found), "ratios": [b["cpu"] / a["cpu"] for a, b in found],
-        "cpu": [own, other], "letters": agree, "met": ratio >= LEAST and not agree["differ"]})
+        ["padded batch of 8", n, ours["tokens"], theirs["tokens"], result["cpu"][1], ""],
+        ["evalkit", n, ours["tokens"], computed, result["cpu"][0], result["ratio"]],
+    ], {**result, "letters": agree, "met": result["ratio"] >= LEAST and not agree["differ"]})
 
 
 if __name__ == "__main__":

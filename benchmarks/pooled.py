@@ -90,14 +90,8 @@ def main() -> int:
     results = {}
     for name in args.part.split(","):
         found = parts[name](args)
-        pairs = found.pop("pairs")
-        ratio = common.median_ratio(pairs)
-        rows.append([f"{name}: {found['what']}", common.middle(pairs, 1), common.middle(pairs, 0), ratio, LEAST[name],
-                     len(pairs)])
-        results[name] = {**found, "ratio": ratio, "target": LEAST[name], "pairs": len(pairs),
-                         "ratios": [b["cpu"] / a["cpu"] for a, b in pairs],
-                         "cpu": [common.middle(pairs, 0), common.middle(pairs, 1)],
-                         "wall": [common.middle(pairs, 0, "wall"), common.middle(pairs, 1, "wall")]}
+        result = results[name] = found | common.ratios(found["pairs"], LEAST[name])
+        rows.append([f"{name}: {found['what']}", *reversed(result["cpu"]), result["ratio"], LEAST[name], result["pairs"]])
         common.note(f"{name}: {results[name]}")
     met = all(result["ratio"] >= result["target"] for result in results.values())
     return common.report("pooled", rows, {"parts": results, "met": met})

@@ -42,7 +42,8 @@ def burst(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
     requests, (numbers,) = work.requests(), work.batches
     first: list[int] = []
     if args.side == "one-first":
-        first = list({r.sample.split("/")[0]: n for n, r in reversed(list(zip(numbers, requests, strict=True)))}.values())
+        subjects = [request.sample.split("/")[0] for request in requests]
+        first = [numbers[subjects.index(subject)] for subject in dict.fromkeys(subjects)]
     session = common.start(work)
     done = common.ask(work, [first, [n for n in numbers if n not in first]], session)
     session.close()

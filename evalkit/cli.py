@@ -230,16 +230,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EvalkitError as error:
         print(f"evalkit: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
-        print("evalkit: interrupted", file=sys.stderr)
-        return 130
-    except _Terminated:
-        print("evalkit: terminated", file=sys.stderr)
-        return 143
+    except (KeyboardInterrupt, _Terminated) as ended:
+        before = dict.fromkeys(before, signal.SIG_IGN)  # a second one may still come, while Python shuts down
+        code = 143 if isinstance(ended, _Terminated) else 130
+        print(f"evalkit: {'terminated' if code == 143 else 'interrupted'}", file=sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    for number, earlier in before.items():  # not after a signal: a second one may still come
+    for number, earlier in before.items():
         signal.signal(number, earlier)
     return code
 

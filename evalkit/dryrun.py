@@ -41,9 +41,8 @@ def estimate(spec: RunSpec) -> tuple[list[dict[str, str]], list[str]]:
              f"KV memory: the {window} longest requests at once, in 16 bits, nothing shared",
              f"output tokens and time: by {engine['run']}, {rate:.0f} tokens computed a second" if rate else
              "output tokens: the recipe's maximum; no finished run of this model under --out tells more"]
-    if total["judge"]:
-        notes.append(f"judge: {spec.judge}" + ("" if spec.judge == "self" else ", at the endpoint's price"))
-    return [*rows, _row("total", total, rate)], notes
+    judge = [f"judge: {spec.judge}" + ", at the endpoint's price" * (spec.judge != "self")] if total["judge"] else []
+    return [*rows, _row("total", total, rate)], notes + judge
 
 
 def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, mean: float | None) -> dict[str, Any]:

@@ -108,9 +108,9 @@ class SelfJudge:
             waiting.setdefault(key, []).append(fitted)
         column = f"{self._writer.column.name}.judge"
         known = self._folder.completions(column)
-        fresh = self._engine.complete([r for key, r in requests.items() if key not in known])
-        for completion in chain((known[key] for key in requests if key in known), fresh):
-            if completion.key not in known:
+        fresh = self._engine.complete([r for key, r in requests.items() if not known.has(key)])
+        for completion in chain((known[key] for key in requests if known.has(key)), fresh):
+            if not known.has(completion.key):
                 self._folder.append(column, completion)
             best = max(range(len(completion.logprobs)), key=lambda i: (completion.logprobs[i], -i), default=None)
             label = "" if best is None else LABELS[best]

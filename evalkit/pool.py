@@ -8,6 +8,7 @@ Memory holds keys and places; the requests wait on disk, and the engine pulls a 
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 import time
@@ -17,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,27 +40,22 @@ class Requests:
     """Requests by number, in a file without a name beside the run's own: it goes with the process."""
 
     def __init__(self, home: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=home)  # noqa: SIM115 (closed when this goes)
+        self._file: FileIO = tempfile.TemporaryFile(dir=home, buffering=0)  # noqa: SIM115 (closed with this)
         self._at = array("Q", [0])
         self.cost = array("i")  # new tokens at most; 0 for a choice
         weakref.finalize(self, self._file.close)
 
     def append(self, request: Request) -> None:
-        """OSError where the disk is full, as from `flush`."""
-        size = self._file.write(pickle.dumps(request, pickle.HIGHEST_PROTOCOL))
-        self._at.append(self._at[-1] + size)
+        """OSError where the disk is full."""
+        data = pickle.dumps(request, pickle.HIGHEST_PROTOCOL)
+        store.write_whole(self._file, data)
+        self._at.append(self._at[-1] + len(data))
         self.cost.append(request.ask.max_tokens if isinstance(request.ask, Generate) else 0)
-
-    def flush(self) -> None:
-        self._file.flush()
 
     def read(self, numbers: Iterable[int]) -> Iterator[Request]:
         for number in numbers:
-            try:
-                self._file.seek(self._at[number])
-                request: Request = pickle.load(self._file)
-            except OSError as error:
-                raise RunError(f"a planned request cannot be read back: {error.strerror}") from None
+            at, end = self._at[number:number + 2]
+            request: Request = pickle.loads(os.pread(self._file.fileno(), end - at, at))
             yield request
 
 
@@ -90,7 +87,6 @@ def requests(planned: Plan, folder: RunFolder) -> Work:
             first = len(todo.wanted)
             folder.write_lines(column.column.name, "requests", _column(planned, column, todo, linter))
             todo.parts.append(range(first, len(todo.wanted)))
-        todo.requests.flush()
     except OSError as error:
         raise RunError(f"{folder.path}: the requests cannot be kept there: {error.strerror}") from None
     todo.lint = linter.findings(allowed(planned.spec.options))
@@ -136,11 +132,11 @@ def unanswered(planned: Plan, todo: Work, folder: RunFolder) -> list[list[int]]:
     others = _reused(planned, folder)
     open_numbers, taken = [], 0
     for number, (key, names) in enumerate(todo.wanted.items()):
-        lacking = [name for name in names if key not in done[name] or key in done[name].errors]
+        lacking = [name for name in names if not done[name].has(key)]
         if not lacking:
             continue
-        places = (place for place in (*(done[n] for n in names), *others) if key in place and key not in place.errors)
-        found = todo.settled.get(key) or next((place[key] for place in places), None)
+        places = (*(done[name] for name in names), *others)
+        found = todo.settled.get(key) or next((place[key] for place in places if place.has(key)), None)
         if found is None:
             open_numbers.append(number)
         elif found.finish != "error" or any(key not in done[name] for name in lacking):
@@ -165,7 +161,7 @@ def _reused(planned: Plan, folder: RunFolder) -> list[Completions]:
         name = f"{column.column.name}.judge"
         have, there = folder.completions(name), RunFolder(Path(path)).completions(name)
         for key in there:
-            if key not in have and key not in there.errors:
+            if there.has(key) and not have.has(key):
                 folder.append(name, there[key])
     return [Completions(file) for file in sorted(Path(path).glob("*.completions.jsonl"))]
 
@@ -190,13 +186,16 @@ class Session:
         waiting = iter(requests)
         if (first := next(waiting, None)) is None:
             return
+        yield from _answers(self.start(), chain([first], waiting))
+
+    def start(self) -> Engine:
         if self._engine is None:
             say(f"engine: {self.name} loads {self._said}")
             began = time.monotonic()
             self._engine = engines.create(self.name, self._spec)
-            self.load_s = time.monotonic() - began
+            self.load_s = round(time.monotonic() - began, 3)
             self.settings = self._engine.settings
-        yield from _answers(self._engine, chain([first], waiting))
+        return self._engine
 
     def close(self) -> None:
         if self._engine is not None:
@@ -264,6 +263,9 @@ def _alone(engine: Engine, request: Request) -> Completion:
 
 def ask(session: Session, batches: Sequence[Sequence[int]], folder: RunFolder, todo: Work) -> None:
     """Ask all and journal each answer as it comes."""
+    if not any(batches):
+        return
+    session.start()
     asked = (answer for batch in batches for answer in session.complete(todo.requests.read(batch)))
     with closing(asked):  # what is in flight when this ends early is dropped before the engine closes
         for completion in bar(asked, sum(map(len, batches)), "generate"):

@@ -134,7 +134,8 @@ def _ended_early(folder: RunFolder, run_json: dict[str, Any], new: bool = False)
     try:
         yield
     except BaseException as error:
-        if new and getattr(error, "exit_code", 1) == 2 and not any(folder.path.glob("*.completions.jsonl")):
+        refused = getattr(error, "exit_code", 1) == 2 and not any(folder.path.glob("*.completions.jsonl"))
+        if new and (refused or not (folder.path / "run.json").is_file()):
             shutil.rmtree(folder.path)
             raise
         run_json |= {"status": "stopped" if isinstance(error, Exception) else "interrupted", "error": str(error)}

@@ -67,6 +67,8 @@ class RunFolder:
                 os.fsync(journal.fileno())
             journal.close()
         self._journals.clear()
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
         self._forget_lock()
 
     def _forget_lock(self) -> None:
@@ -84,7 +86,7 @@ class RunFolder:
         try:
             if column not in self._journals:
                 self._journals[column] = _open_journal(path)
-            _write_whole(self._journals[column], _seal(completion))
+            write_whole(self._journals[column], _seal(completion))
             if time.monotonic() - self._synced > SYNC:
                 for journal in self._journals.values():
                     os.fsync(journal.fileno())
@@ -175,6 +177,10 @@ class Completions(Mapping[str, Completion]):
             raise RunError(f"the line of answer {key} changed while it was read: who writes to this run?")
         return Completion(**found | {"logprobs": tuple(found.get("logprobs", ()))})
 
+    def has(self, key: str) -> bool:
+        """Whether there is an answer that is no error."""
+        return key in self._at and key not in self.errors
+
     def __contains__(self, key: object) -> bool:
         return key in self._at
 
@@ -260,8 +266,8 @@ def _open_journal(path: Path) -> FileIO:
     return journal
 
 
-def _write_whole(journal: FileIO, line: bytes) -> None:
-    """All of the line or, where the disk is full, none of it."""
+def write_whole(journal: FileIO, line: bytes) -> None:
+    """All of the line at the file's end or, where the disk is full, none of it (OSError)."""
     left = line
     try:
         while left:

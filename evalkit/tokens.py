@@ -12,6 +12,8 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from evalkit.errors import InputError, ModelError
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
          "vocab.json", "merges.txt")
 LINES = 100_000  # encoded lines kept at most
+HEAD, TEXTS = 16, 64  # by so many characters a text finds the last one of its kind; of so many kinds
 LLAMA = {"LlamaTokenizer", "LlamaTokenizerFast"}
 
 
@@ -55,27 +58,41 @@ class Tokenizer:
             self._backend, "chat_template", None)
         self.fingerprint = _fingerprint(folder, source, revision)
         self._lines: dict[str, array[int]] = {}
+        # beginning -> text, ids, (characters, ids) at its cuts
+        self._last: dict[str, tuple[str, array[int], list[tuple[int, int]]]] = {}
         self._cut = _safe_cut(self._backend)
 
     def encode(self, text: str, bos: bool = False) -> array[int]:
         """Token ids of `text`; with `bos` the begin-of-sequence token if this tokenizer adds one by itself.
 
-        Equal to encoding the whole string, but lines seen before (exemplars) are looked up: see `_safe_cut`.
+        Equal to encoding the whole string, but what was seen before (exemplars) is looked up: see `_safe_cut`.
         """
         ids = array("i", [self.bos] if bos and self.adds_bos and self.bos is not None else [])
-        if self._cut is None:
-            ids.extend(self._backend.encode(text))
-            return ids
-        first, *rest = self._cut.split(text)
-        ids.extend(self._backend.encode(first))
-        for part in rest:
-            known = self._lines.get(part)
-            if known is None:
-                if len(self._lines) >= LINES:
-                    self._lines.clear()
-                known = self._lines[part] = array("i", self._backend.encode_rest(part))
-            ids.extend(known)
+        ids.extend(self._backend.encode(text) if self._cut is None else self._in_parts(text, self._cut))
         return ids
+
+    def _in_parts(self, text: str, cut: re.Pattern[str]) -> array[int]:
+        """Ids of what `text` shares with the last one that began alike, up to a cut, then line by line."""
+        last, known, cuts = self._last.get(text[:HEAD], ("", array("i"), [(0, 0)]))
+        shared = _shared(last, text)
+        while len(cuts) > 1 and cuts[-1][0] >= shared:  # a cut depends on the character behind it too
+            cuts.pop()
+        at, size = cuts[-1]
+        ids = known[:size]
+        for begin, end in pairwise([at, *(found.start() for found in cut.finditer(text, at + 1)), len(text)]):
+            ids.extend(self._line(text[begin:end]) if begin else self._backend.encode(text[:end]))
+            cuts.append((end, len(ids)))
+        if len(self._last) >= TEXTS:
+            self._last.clear()
+        self._last[text[:HEAD]] = text, ids, cuts
+        return ids
+
+    def _line(self, part: str) -> array[int]:
+        if (known := self._lines.get(part)) is None:
+            if len(self._lines) >= LINES:
+                self._lines.clear()
+            known = self._lines[part] = array("i", self._backend.encode_rest(part))
+        return known
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(ids)
@@ -201,16 +218,26 @@ def _safe_cut(backend: _Backend) -> re.Pattern[str] | None:
     """
     kinds = ["a", "7", ".", "'", " ", "\n", "\t", "字", *backend.added[:2]]
     sides = [a + b for a in kinds for b in kinds]
+    encode, encode_rest = cache(backend.encode), cache(backend.encode_rest)
     no_added = "".join(f"(?<!{re.escape(text)})" for text in backend.added)  # what follows one begins anew
     for cut in (re.compile(rf"(?=\n)(?<=\S){no_added}"), re.compile(r"(?<=\n)(?=\S)")):
         for text in (f"x{left}\n{right}x" for left in sides for right in sides):
             first, *rest = cut.split(text)
-            parts = backend.encode(first) + [i for part in rest for i in backend.encode_rest(part)]
+            parts = encode(first) + [i for part in rest for i in encode_rest(part)]
             if parts != backend.encode(text):
                 break
         else:
             return cut
     return None
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common from their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # the first `low` are common, the first `high + 1` are not or too many
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _json(path: Path) -> dict[str, Any]:

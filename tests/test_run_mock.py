@@ -132,3 +132,30 @@ def test_mmlu_sample_keys_are_balanced():
     spec = RunSpec(model="tulu-7b", format="tulu", tokenizer="none", data="sample", tasks="mmlu_0shot")
     keys = [s.target[0] for s in plan.make(spec, weights=False).columns[0].samples]
     assert all(0.15 <= keys.count(letter) / len(keys) <= 0.35 for letter in "ABCD")
+
+
+@pytest.mark.parametrize(("strict", "code"), [([], 0), (["--strict"], 1)])
+def test_an_unhealthy_cell_is_marked_and_fails_a_strict_run(tmp_path, tiny_model, capsys, strict, code):
+    argv = ["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "mmlu_0shot", "--data", "sample", "--limit",
+            "3", "--engine", "mock", "--set", "mmlu.health_option_mass=1.0", "--out", str(tmp_path), *strict]
+    assert main(argv) == code
+    assert "! option mass" in capsys.readouterr().out
+
+
+def test_rules_side_by_side_need_neither_data_nor_model(finished, capsys):
+    assert main(["score", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    heads, *rows = shown.splitlines()
+    assert heads.split()[:4] == ["column", "tulu-2023-06", "tulu-2023-11", "strict"]
+    assert [row.split()[0] for row in rows[:8]] == ["mmlu_0shot", "mmlu_5shot", "gsm_direct", "gsm_cot", "bbh_direct",
+                                                    "bbh_cot", "tydiqa_gp", "tydiqa_cb"]
+
+
+def test_a_recipe_over_recorded_answers(finished, tiny_model, tmp_path, capsys):
+    """`--engine replay` gives the run's own numbers back."""
+    argv = ["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "gsm,bbh,mmlu", "--data", "sample",
+            "--limit", "4", "--engine", "replay", "--answers", str(finished), "--out", str(tmp_path), "--name", "again"]
+    assert main(argv) == 0, capsys.readouterr().err
+    again = json.loads(next(tmp_path.glob("*/again/metrics.json")).read_text())["columns"]
+    before = json.loads((finished / "metrics.json").read_text())["columns"]
+    assert {name: m["value"] for name, m in again.items()} == {name: before[name]["value"] for name in again}

@@ -7,10 +7,11 @@ The text is decode(prompt + answer) less decode(prompt), special tokens skipped,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evalkit.extract import cut_text, cut_tokens
 from evalkit.types import Choose, Completion, Generate, Request
 
 Ids = tuple[int, ...]
@@ -72,23 +73,6 @@ def ends_with_stop(ids: Sequence[int], ask: Generate, ends: Ends) -> bool:
     return ids[-1] in ends.ids or any(tuple(ids[-len(stop):]) == stop for stop in ask.stop_tokens)
 
 
-def first_text(text: str, stops: Iterable[str]) -> tuple[int, str]:
-    """Where the first of `stops` begins and which it is; (len(text), "") if none occurs."""
-    found = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=(len(text), ""), key=lambda hit: hit[0])
-
-
-def _first_token(ids: Sequence[int], ask: Generate, ends: Ends) -> tuple[int, Ids | None]:
-    """Where the first stop sequence or end token begins and which it is (an end token: empty), else None."""
-    for at, token in enumerate(ids):
-        if token in ends.ids:
-            return at, ()
-        for stop in ask.stop_tokens:
-            if token == stop[0] and tuple(ids[at:at + len(stop)]) == stop:
-                return at, stop
-    return len(ids), None
-
-
 def decode(tokenizer: Any, prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text that `ids` add after `prompt`: a leading blank stays, which decoding `ids` alone may lose."""
     def text(tokens: list[int]) -> str:
@@ -105,13 +89,13 @@ def read_answer(
     """
     ask = request.ask
     assert isinstance(ask, Generate)
-    at, tokens = _first_token(ids, ask, ends)
-    text = decode(tokenizer, request.tokens, ids[:at])
-    cut, stop = first_text(text, (*ask.stop, *ends.texts))
+    kept, which = cut_tokens(ids, (*((token,) for token in sorted(ends.ids)), *ask.stop_tokens))
+    text, stop = cut_text(decode(tokenizer, request.tokens, kept), (*ask.stop, *ends.texts))
     if stop:
         finish, stop = ("eos", "") if stop in ends.texts and stop not in ask.stop else ("stop", stop)
-    elif tokens is not None:
-        finish, stop = ("stop", tokenizer.decode(list(tokens))) if tokens else ("eos", "")
+    elif which is not None:
+        own = which - len(ends.ids)  # of ask.stop_tokens; an end token comes first
+        finish, stop = ("stop", tokenizer.decode(list(ask.stop_tokens[own]))) if own >= 0 else ("eos", "")
     elif len(ids) >= ask.max_tokens:
         finish = "max_tokens"
     elif len(request.tokens) + len(ids) >= max_model_len:
@@ -119,7 +103,7 @@ def read_answer(
     else:
         return Completion(request.key, finish="error", n_prompt=len(request.tokens), n_generated=len(ids),
                           error=f"the engine ended the answer after {len(ids)} tokens without a reason")
-    return Completion(request.key, text[:cut], finish=finish, stop=stop, n_prompt=len(request.tokens),
+    return Completion(request.key, text, finish=finish, stop=stop, n_prompt=len(request.tokens),
                       n_cached=n_cached, n_generated=len(ids))
 
 

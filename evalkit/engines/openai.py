@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from evalkit.engines import EngineSpec, StartError, answers
 from evalkit.errors import EngineError, InputError, UnknownName
+from evalkit.extract import cut_text
 from evalkit.types import Choose, Completion, Generate, Request
 
 NUMBERS = {"concurrency": 8.0, "timeout": 600.0, "retries": 5.0}  # requests at once; seconds of silence; tries after
@@ -175,7 +176,7 @@ class OpenAI:
         n = len(self._tokenizer.encode(text, add_special_tokens=False)) if n is None else n
         if n > ask.max_tokens:
             raise Refused(f"it counts {n} tokens where {ask.max_tokens} were asked for")
-        at, stop = answers.first_text(text, (*named, *self._ends.texts))
+        text, stop = cut_text(text, (*named, *self._ends.texts))
         if stop:
             finish, stop = ("stop", stop) if stop in named else ("eos", "")
         elif why == "stop":  # the server cut the stop off; vLLM tells which it was, others do not
@@ -184,7 +185,7 @@ class OpenAI:
             finish = "max_tokens" if n >= ask.max_tokens else "context"
         else:
             raise Refused(f"finish_reason is {why!r}")
-        return Completion(request.key, text[:at], finish=finish, stop=stop, n_prompt=len(request.tokens),
+        return Completion(request.key, text, finish=finish, stop=stop, n_prompt=len(request.tokens),
                           n_cached=cached, n_generated=n)
 
     def _choose(self, request: Request, ask: Choose) -> Completion:

