@@ -54,6 +54,12 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
         replay(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="no completions there"):
         replay(tmp_path)
+    (tmp_path / "x.jsonl").write_text('{"key": "a"}\n{"key"\n')
+    with pytest.raises(InputError, match=r"x.jsonl, line 2: not JSON"):
+        replay(tmp_path / "x.jsonl")
+
+
+def test_a_torn_line_of_a_journal_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.completions.jsonl").write_text('{"key": "a"}\n{"key"\n')
-    with pytest.raises(InputError, match=r"x.completions.jsonl, line 2: not JSON"):
-        replay(tmp_path)
+    assert replay(tmp_path).settings["n"] == 1
+    assert "x.completions.jsonl, line 2: damaged, dropped" in capsys.readouterr().err

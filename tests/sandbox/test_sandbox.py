@@ -65,7 +65,7 @@ def test_closing_while_programs_run_ends_them() -> None:
     with Sandbox("process", workers=2, limits=Limits(seconds=60)) as box:
         for i in range(4):
             box.submit(Program(str(i), LOOP, TEST, "add"))
-        below = wait_for(6, os.getpid(), others)
+        below = wait_for(8, os.getpid(), others)
         start = time.monotonic()
     assert time.monotonic() - start < 5
     assert not alive(below)
@@ -127,7 +127,7 @@ def test_a_worker_that_dies_is_replaced() -> None:
     others = tree(os.getpid())
     with Sandbox("process", workers=1) as box:
         assert status(box, ADD) == "passed"
-        for pid in wait_for(2, os.getpid(), others):  # the worker and its checker
+        for pid in wait_for(3, os.getpid(), others):  # with its checker and the next program's
             os.kill(pid, signal.SIGKILL)
         assert status(box, ADD) == "passed"
 
@@ -307,7 +307,8 @@ def test_a_killed_harness_leaves_no_process_and_no_file(
     )
     assert process.stdout
     forked = int(process.stdout.readline())
-    wait_for(7 if level == "process" else 9, process.pid)  # the fork; twice launcher, worker, checker and program
+    # The fork; twice the launcher (not at `process`), the worker, the checker, the program, and the next one's process.
+    wait_for(9 if level == "process" else 11, process.pid)
     time.sleep(0.2)
     below = tree(process.pid) - {forked}
     process.send_signal(signum)
