@@ -61,5 +61,5 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
 
 def test_a_torn_line_of_a_journal_is_dropped_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.completions.jsonl").write_text('{"key": "a"}\n{"key"\n')
-    assert replay(tmp_path).settings["n"] == 1
+    assert create("replay", EngineSpec("none", args={"answers": str(tmp_path)})).settings["n"] == 1
     assert "x.completions.jsonl, line 2: damaged, dropped" in capsys.readouterr().err
