@@ -97,16 +97,13 @@ def start(work: Planned) -> Session:
     return session
 
 
-def ask(work: Planned, batches: Sequence[Sequence[int]] | None = None,
-        session: Session | None = None) -> dict[str, Any]:
-    """Ask by the pool's own path, journal included, and what it cost. Without `session` one is started and closed."""
-    own = session is None
-    session = session or start(work)
+def ask(work: Planned) -> dict[str, Any]:
+    """Ask by the pool's own path, journal included, and what it cost; the engine's start and end are not counted."""
+    session = start(work)
     with work.folder, measured() as cost:
-        pool.ask(session, work.batches if batches is None else batches, work.folder, work.todo)
+        pool.ask(session, work.plan, work.folder, work.todo)
     settings = dict(session.settings)
-    if own:
-        session.close()
+    session.close()
     return {"cpu": cost.cpu, "wall": cost.wall, "settings": settings, "answers": answers(work)}
 
 

@@ -89,8 +89,9 @@ def main() -> int:
     result: dict[str, Any] = {"met": True}
     with tempfile.TemporaryDirectory() as scratch:
         if "prompts" in args.part:
-            runs = sorted((common.side("prompts", Path(scratch)) for _ in range(args.pairs)), key=lambda run: run["cpu"])
-            run, whole = runs[len(runs) // 2], common.side("whole", Path(scratch))
+            runs = [common.side("prompts", Path(scratch)) for _ in range(args.pairs)]
+            run = sorted(runs, key=lambda run: run["cpu"])[len(runs) // 2]
+            whole = common.side("whole", Path(scratch))
             rows += [[f"{run['prompts']} prompts, CPU s from the process's start", run["cpu"], LEAST["prompts"]],
                      ["  of which imports, tokenizer and data", run["made"], ""],
                      ["  of which rendering and tokenising", run["rendered"], ""],

@@ -61,14 +61,16 @@ def inside(requests: int, answers: int, home: Path) -> None:
         for i in range(requests // answers):
             question = f"Riddle {i}: I am odd, and if you take a letter away I am even. Which number am I, times {i}?"
             rows.write(json.dumps({"q": question, "a": str(7 * i), "config": "main", "split": "test"}) + "\n")
+    from transformers import AutoTokenizer  # noqa: F401 (the run does; with torch it is a third of the bar)
+
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.perf_counter(), time.process_time()
     runner.run(RunSpec(model=str(model(home / "model")), tasks="riddles", data="sample", format="tulu", engine="mock",
                        tasks_dir=str(home / "tasks"), out=str(home / "out"), name="x"))
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{requests:>9,} requests of {requests // answers:,} samples: peak {peak / 1e6:.2f} GB (imports {base / 1e6:.2f}), "
-          f"{cpu:.0f} s CPU, {wall:.0f} s wall", flush=True)
+    print(f"{requests:>9,} requests of {requests // answers:,} samples: peak {peak / 1e6:.2f} GB "
+          f"(before planning {base / 1e6:.2f}), {cpu:.0f} s CPU, {wall:.0f} s wall", flush=True)
 
 
 def main() -> int:

@@ -42,8 +42,9 @@ def engine_part(args: argparse.Namespace) -> dict[str, Any]:
                              most=args.pairs)
     answers = [side["answers"] for side in found[-1]]
     texts = [key for key, answer in answers[0].items() if not answer["logprobs"]]
+    equal = sum(answers[0][key]["text"] == answers[1][key]["text"] for key in texts)
     return {"pairs": found, "what": f"{len(answers[0])} requests in one engine",
-            "equal_texts": f"{sum(answers[0][key]['text'] == answers[1][key]['text'] for key in texts)} of {len(texts)}",
+            "equal_texts": f"{equal} of {len(texts)}",
             "generated": [sum(answer["generated"] for answer in side.values()) for side in answers]}
 
 
@@ -91,8 +92,8 @@ def main() -> int:
     for name in args.part.split(","):
         found = parts[name](args)
         result = results[name] = found | common.ratios(found["pairs"], LEAST[name])
-        rows.append([f"{name}: {found['what']}", *reversed(result["cpu"]), result["ratio"], LEAST[name], result["pairs"]])
-        common.note(f"{name}: {results[name]}")
+        rows.append([f"{name}: {found['what']}", *result["cpu"][::-1], result["ratio"], LEAST[name], result["pairs"]])
+        common.note(str(result))
     met = all(result["ratio"] >= result["target"] for result in results.values())
     return common.report("pooled", rows, {"parts": results, "met": met})
 

@@ -45,11 +45,13 @@ def burst(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
         subjects = [request.sample.split("/")[0] for request in requests]
         first = [numbers[subjects.index(subject)] for subject in dict.fromkeys(subjects)]
     session = common.start(work)
-    done = common.ask(work, [first, [n for n in numbers if n not in first]], session)
+    served = 0
+    with common.measured() as cost:
+        for batch in (first, [n for n in numbers if n not in first]):
+            served += sum(completion.n_cached for completion in session.complete(work.todo.requests.read(batch)))
+    block = session.settings["block_size"]
     session.close()
-    block = done["settings"]["block_size"]
-    return {"cpu": done["cpu"], "wall": done["wall"], "block": block, "requests": len(requests),
-            "served": sum(answer["cached"] for answer in done["answers"].values()),
+    return {"cpu": cost.cpu, "wall": cost.wall, "block": block, "requests": len(requests), "served": served,
             "ideal": ideal([r.tokens for r in requests], block), "prompt": sum(len(r.tokens) for r in requests)}
 
 

@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="evalkit", description="Benchmark an instruction-tuned model: one command, one row of the table.")
+    top = _Parser(prog="evalkit", description="Benchmark an instruction-tuned model: one command, one row.")
     top.add_argument("--version", action="version", version=f"evalkit {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _run(commands.add_parser("run", help="evaluate a model: prompts, answers, scores, table"))
@@ -78,7 +78,7 @@ def _common(p: argparse.ArgumentParser, run: bool = False) -> None:
     rows.add_argument("--limit", type=_positive, metavar="N", help="N samples a column, inside the recipe's draw")
     rows.add_argument("--ids", default="", metavar="LIST", help="these samples: ids by commas, or @FILE")
     form = p.add_argument_group("in which form")
-    form.add_argument("--format", default="", metavar="F", help="chat format: a name or FILE.jinja (default the model's)")
+    form.add_argument("--format", default="", metavar="F", help="format: a name or FILE.jinja (default the model's)")
     form.add_argument("--system", default="", metavar="S", help="system message: a text, or a name the model knows")
     form.add_argument("--tokenizer", default="", metavar="DIR", help="another folder's tokenizer")
 
@@ -136,7 +136,7 @@ def _score(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rule", default="", metavar="R", help="rule for FILE's answers")
     p.add_argument("--rules", default="all", metavar="LIST", help="rules to set side by side over RUN (default all)")
     p.add_argument("--tokenizer", default="", metavar="DIR", help="tokenizer of FILE's token-level stops")
-    p.add_argument("--sandbox", default="auto", metavar="LEVEL", help="for FILE's programs: auto, bwrap, kernel, process")
+    p.add_argument("--sandbox", default="auto", metavar="LEVEL", help="for FILE's programs: auto, bwrap, ...")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
@@ -150,7 +150,8 @@ def _listing(name: str, p: argparse.ArgumentParser) -> None:
         subs = p.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
         for action, text, arguments in actions[name]:
             sub = subs.add_parser(action, help=text)
-            sub.add_argument("names", nargs=len(arguments), metavar=arguments[0] if len(arguments) == 1 else tuple(arguments))
+            metavar = arguments[0] if len(arguments) == 1 else tuple(arguments)
+            sub.add_argument("names", nargs=len(arguments), metavar=metavar)
             if action in ("show", "diff"):
                 sub.add_argument("--json", action="store_true", help="for programs")
 

@@ -222,8 +222,8 @@ def do_recipes(args: Namespace) -> int:
     if action == "show":
         flat = recipes.flat(recipes.load(args.names[0]))
         docs = {key: recipes.SWITCHES[key.partition(".")[2]].doc for key in flat}
-        return _table(({"switch": key, "value": json.dumps(value), "meaning": docs[key]} for key, value in flat.items()),
-                      args.json)
+        rows = ({"switch": key, "value": json.dumps(value), "meaning": docs[key]} for key, value in flat.items())
+        return _table(rows, args.json)
     if action == "diff":
         a, b = (recipes.flat(recipes.load(name)) for name in args.names)
         keys = dict.fromkeys([*a, *b])
@@ -260,7 +260,8 @@ def do_check_engines(args: Namespace) -> int:
     } for d in found), False) or int(failed > 0)
 
 
-COMMANDS = {"run": do_run, "prompts": do_prompts, "stats": do_stats, "table": do_table, "score": do_score, "tasks": do_tasks,
+COMMANDS = {"run": do_run, "prompts": do_prompts, "stats": do_stats, "table": do_table, "score": do_score,
+            "tasks": do_tasks,
             "models": do_models, "formats": do_formats, "recipes": do_recipes, "data": do_data, "sandbox": do_sandbox,
             "doctor": do_doctor, "recover": do_recover,
             "check-engines": do_check_engines}

@@ -74,7 +74,8 @@ def _cacheable(tokens: Any, block: int, seen: set[int]) -> int:
 def _row(name: str, found: Mapping[str, Any], rate: float) -> dict[str, str]:
     s = round((found["tokens"] - found["cached"] + found["new"]) / rate) if rate else 0
     return {"column": name, "requests": f"{found['requests']}", "prompt tokens": f"{found['tokens']}",
-            "cacheable": f"{100 * found['cached'] / max(1, found['tokens']):.1f} %", "output tokens": f"{found['new']:.0f}",
+            "cacheable": f"{100 * found['cached'] / max(1, found['tokens']):.1f} %",
+            "output tokens": f"{found['new']:.0f}",
             "KV memory": f"{found['kv'] / 2**30:.2f} GiB" if found["kv"] else "-", "judge calls": f"{found['judge']}",
             "time": f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if rate else "-"}
 

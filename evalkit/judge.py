@@ -77,7 +77,7 @@ def pairs(column: ColumnPlan, load: Loader, answers: Mapping[str, Sequence[Compl
         instruction = sample.fields["instruction"]
         baseline = references.get(instruction.strip())
         if baseline is None:
-            raise DataError(f"{sample.id}: no baseline output has its instruction; the reference file is of another set")
+            raise DataError(f"{sample.id}: no baseline output has its instruction; the references are of another set")
         for answer in answers.get(sample.id, ()):
             if answer.finish != "error":
                 first = "model" if hashlib.sha256(sample.id.encode()).digest()[0] % 2 else "baseline"

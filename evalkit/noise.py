@@ -47,7 +47,8 @@ def greedy(planned: Plan, max_tokens: int) -> list[Request]:
             if request.index == 0:
                 ask = request.ask
                 if isinstance(ask, Generate):
-                    ask = replace(ask, max_tokens=min(max_tokens, ask.max_tokens), temperature=0.0, top_p=1.0, seed=None)
+                    length = min(max_tokens, ask.max_tokens)
+                    ask = replace(ask, max_tokens=length, temperature=0.0, top_p=1.0, seed=None)
                 found.append(replace(request, key=f"{request.column}/{request.key}", ask=ask))
     return found
 
@@ -74,7 +75,9 @@ def compare(planned: Plan, requests: Iterable[Request], what: str, a: Answers, b
     return [_difference(planned, column, what, own) for column, own in rows.items()]
 
 
-def _difference(planned: Plan, column: str, what: str, rows: list[tuple[Request, Completion, Completion]]) -> Difference:
+def _difference(
+    planned: Plan, column: str, what: str, rows: list[tuple[Request, Completion, Completion]]
+) -> Difference:
     assert planned.tokenizer is not None
     good = [row for row in rows if "error" not in (row[1].finish, row[2].finish)]
     texts = [(x.text, y.text) for request, x, y in good if isinstance(request.ask, Generate)]

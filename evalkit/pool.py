@@ -1,7 +1,7 @@
 """What is asked and in which order, all columns pooled; and asking it, each answer journaled as it comes.
 
     todo = requests(plan, folder)       # writes <column>.requests.jsonl
-    ask(session, unanswered(plan, todo, folder), folder, todo)
+    ask(session, plan, folder, todo)
 
 Memory holds keys and places; the requests wait on disk, and the engine pulls a bounded number at a time.
 """
@@ -15,7 +15,7 @@ import time
 import weakref
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -122,7 +122,7 @@ def _column(planned: Plan, column: ColumnPlan, todo: Work, linter: Linter) -> It
                 todo.length = max(todo.length, len(request.tokens) + new)
 
 
-def unanswered(planned: Plan, todo: Work, folder: RunFolder) -> list[list[int]]:
+def unanswered(planned: Plan, todo: Work, folder: RunFolder) -> list[array[int]]:
     """The numbers of the requests without an answer, in batches that are asked one after the other.
 
     One batch: long generations first and multiple choice last to fill the tail; else in the order of the plan, which
@@ -130,7 +130,7 @@ def unanswered(planned: Plan, todo: Work, folder: RunFolder) -> list[list[int]]:
     """
     done = {name: folder.completions(name, say) for name in todo.keys}
     others = _reused(planned, folder)
-    open_numbers, taken = [], 0
+    open_numbers, taken = array("Q"), 0
     for number, (key, names) in enumerate(todo.wanted.items()):
         lacking = [name for name in names if not done[name].has(key)]
         if not lacking:
@@ -148,8 +148,8 @@ def unanswered(planned: Plan, todo: Work, folder: RunFolder) -> list[list[int]]:
         say(f"reuse: {taken} of {len(todo.wanted)} answers taken over from {planned.spec.options['reuse']}")
     if "sequential" in planned.spec.options:
         still = set(open_numbers)
-        return [batch for part in todo.parts if (batch := [number for number in part if number in still])]
-    return [sorted(open_numbers, key=lambda number: -todo.requests.cost[number])]
+        return [array("Q", (number for number in part if number in still)) for part in todo.parts]
+    return [array("Q", sorted(open_numbers, key=lambda number: -todo.requests.cost[number]))]
 
 
 def _reused(planned: Plan, folder: RunFolder) -> list[Completions]:
@@ -261,17 +261,18 @@ def _alone(engine: Engine, request: Request) -> Completion:
     return answer
 
 
-def ask(session: Session, batches: Sequence[Sequence[int]], folder: RunFolder, todo: Work) -> None:
-    """Ask all and journal each answer as it comes."""
-    if not any(batches):
-        return
-    session.start()
+def ask(session: Session, planned: Plan, folder: RunFolder, todo: Work) -> None:
+    """Ask all that has no answer yet and journal each answer as it comes."""
+    batches = unanswered(planned, todo, folder)
+    if any(batches):
+        session.start()
     asked = (answer for batch in batches for answer in session.complete(todo.requests.read(batch)))
     with closing(asked):  # what is in flight when this ends early is dropped before the engine closes
         for completion in bar(asked, sum(map(len, batches)), "generate"):
             _journal(completion, todo.wanted[completion.key], folder, todo)
             todo.counts.update(requests=1, prompt_tokens=completion.n_prompt, cached_tokens=completion.n_cached,
                                generated_tokens=completion.n_generated)
+    todo.wanted.clear()  # a tenth of a GB a million
 
 
 def _journal(completion: Completion, columns: Iterable[str], folder: RunFolder, todo: Work) -> None:

@@ -60,9 +60,8 @@ def bar(items: Iterable[T], total: int, what: str, unit: str = "requests") -> It
                 yield item
         return
     start = last = time.monotonic()
-    done = tokens = 0
-    for item in items:
-        done += 1
+    tokens = 0
+    for done, item in enumerate(items, 1):
         tokens += item.n_generated if isinstance(item, Completion) else 0
         now = time.monotonic()
         if now - last >= EVERY or done == total:

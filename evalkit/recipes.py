@@ -201,8 +201,7 @@ def select(recipe: Recipe, wanted: str) -> tuple[Column, ...]:
             raise UnknownName("task", name, known, "`evalkit tasks` lists columns and benchmarks")
     if not asked:
         raise InputError("--tasks is empty; `evalkit tasks` lists columns and benchmarks")
-    own = tuple(c for c in recipe.columns if "all" in asked or c.name in asked or c.benchmark in asked)
-    return own
+    return tuple(c for c in recipe.columns if "all" in asked or c.name in asked or c.benchmark in asked)
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

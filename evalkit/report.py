@@ -15,8 +15,9 @@ import io
 import json
 import math
 import tomllib
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
@@ -37,7 +38,7 @@ Json = Mapping[str, Any]
 def metric(
     column: Column,
     scores: Sequence[Score],
-    completions: Sequence[Completion],
+    completions: Iterable[Completion],
     expected: int,
     marks: tuple[str, ...] = (),
 ) -> Metric:
@@ -75,19 +76,26 @@ def _missing(scores: Sequence[Score], expected: int) -> str:
     return ", ".join(parts)
 
 
-def measure_health(scores: Sequence[Score], completions: Sequence[Completion]) -> Health:
+def measure_health(scores: Sequence[Score], completions: Iterable[Completion]) -> Health:
     """How the answers came about. `failed`: completions that are errors or, if more, failed samples."""
-    finish = Counter(c.finish for c in completions)
-    stops = Counter(c.stop for c in completions if c.finish == "stop")
-    mass = [math.fsum(map(math.exp, c.logprobs)) for c in completions if c.finish == "choice"]
+    finish: Counter[str] = Counter()
+    stops: Counter[str] = Counter()
+    mass, empty = array("d"), 0
+    for c in completions:  # once: they may come from the disk
+        finish[c.finish] += 1
+        if c.finish == "choice":
+            mass.append(math.fsum(map(math.exp, c.logprobs)))
+        elif c.finish != "error":
+            stops[c.stop] += c.finish == "stop"
+            empty += not c.text.strip()
     return Health(
-        n=len(completions),
+        n=finish.total(),
         unparsed=sum(s.status == "unparsed" for s in scores),
-        empty=sum(c.finish not in ("choice", "error") and not c.text.strip() for c in completions),
+        empty=empty,
         truncated=finish["max_tokens"],
         context=finish["context"],
         failed=max(finish["error"], sum(s.status == "failed" for s in scores)),
-        stops=dict(sorted(stops.items())),
+        stops=dict(sorted((+stops).items())),
         option_mass=math.fsum(mass) / len(mass) if mass else None,
     )
 
@@ -253,7 +261,8 @@ def _short(share: float) -> str:
 def render(table: Table, fmt: str, width: int | None = None) -> str:
     """The table, a row a run, as one of FORMATS. `width` (md): in tables that fit a terminal that wide.
 
-    csv has a header and one line a run, its last column naming the unhealthy cells; json shares, intervals, health, marks and notes.
+    csv has a header and one line a run, its last column naming the unhealthy cells; json shares,
+    intervals, health, marks and notes.
     """
     if fmt not in FORMATS:
         raise UnknownName("table format", fmt, FORMATS)

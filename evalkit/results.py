@@ -75,12 +75,13 @@ def measure(column: ColumnPlan, scores: Sequence[Score], answers: Answers, marks
     by_group = column.column.switches["average"] == "groups"
     groups = len({s.group for s in column.samples}) if by_group else 0
     part = report.partial_mark(len(column.samples), column.n_draw, groups, column.n_groups if by_group else 0)
-    # without their texts, which a million answers would hold in memory: health asks only whether there is one
-    completions = [replace(c, key="", text=c.text.strip()[:1]) for own in answers.values() for c in own]
+    completions = (c for own in answers.values() for c in own)
     return report.metric(column.column, scores, completions, len(column.samples), (*((part,) if part else ()), *marks))
 
 
-def compare_rules(folder: RunFolder, rules: Sequence[str]) -> Iterator[tuple[str, dict[str, float | None], dict[str, Any]]]:
+def compare_rules(
+    folder: RunFolder, rules: Sequence[str]
+) -> Iterator[tuple[str, dict[str, float | None], dict[str, Any]]]:
     """(column, rule -> value, sample -> rule -> verdict where they differ) of a run's stored answers, without its
     data or model; columns whose answers are not read by a rule (code, pairwise) are left out."""
     for known in folder.read_json("run.json")["recipe"]["columns"]:
@@ -96,9 +97,10 @@ def compare_rules(folder: RunFolder, rules: Sequence[str]) -> Iterator[tuple[str
             answers[line["sample"]] = [found.get(line["key"], missing)]
         own = [name for name in rules or names if name in names]
         compared = rescore.score_answers(known["kind"], column, samples, answers, own)
-        values = {rule: report.metric(column, scores, [], len(samples)).value for rule, scores in compared.scores.items()}
-        changed = {row[0].sample: {rule: {"value": s.value, "answer": s.answer} for rule, s in zip(own, row, strict=True)}
-                   for row in compared.changed}
+        values = {rule: report.metric(column, scores, [], len(samples)).value
+                  for rule, scores in compared.scores.items()}
+        changed = {row[0].sample: {rule: {"value": s.value, "answer": s.answer}
+                                   for rule, s in zip(own, row, strict=True)} for row in compared.changed}
         yield column.name, values, changed
 
 

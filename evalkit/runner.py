@@ -94,11 +94,10 @@ def work(planned: Plan, folder: RunFolder, run_json: dict[str, Any]) -> Outcome:
     run_json["time"].setdefault("sessions", []).append(watch.session)
     folder.write_json("run.json", run_json)
     todo = pool.requests(planned, folder)
-    batches = pool.unanswered(planned, todo, folder)
     pairwise = [c for c in planned.columns if c.writer.task.kind == "pairwise" and c.samples]
     watch.lap("plan")
     with contextlib.closing(pool.Session(planned, folder, todo)) as session:
-        pool.ask(session, batches, folder, todo)
+        pool.ask(session, planned, folder, todo)
         answers = {name: results.StoredAnswers(folder, name, keys) for name, keys in todo.keys.items()}
         judge = judging.create(planned, session, folder, session.length) if pairwise else None
         pairs = {c.column.name: judging.compare(judge, c, planned.source, answers[c.column.name], folder)

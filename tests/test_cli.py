@@ -149,7 +149,8 @@ def test_shipped_tasks_hold(capsys):
 
 
 def test_import_is_light():
-    probe = "import evalkit, sys; print(len(sys.modules), {'torch','vllm','datasets','pandas','openai'} & set(sys.modules))"
+    probe = ("import evalkit, sys; "
+             "print(len(sys.modules), {'torch', 'vllm', 'datasets', 'pandas', 'openai'} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     count, heavy = done.stdout.split(" ", 1)
     assert int(count) <= 150 and heavy.strip() == "set()"

@@ -136,8 +136,8 @@ def test_mmlu_sample_keys_are_balanced():
 
 @pytest.mark.parametrize(("strict", "code"), [([], 0), (["--strict"], 1)])
 def test_an_unhealthy_cell_is_marked_and_fails_a_strict_run(tmp_path, tiny_model, capsys, strict, code):
-    argv = ["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "mmlu_0shot", "--data", "sample", "--limit",
-            "3", "--engine", "mock", "--set", "mmlu.health_option_mass=1.0", "--out", str(tmp_path), *strict]
+    argv = ["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "mmlu_0shot", "--data", "sample",
+            "--limit", "3", "--engine", "mock", "--set", "mmlu.health_option_mass=1.0", "--out", str(tmp_path), *strict]
     assert main(argv) == code
     assert "! option mass" in capsys.readouterr().out
 

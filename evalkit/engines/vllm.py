@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +45,8 @@ class Vllm:
             with quiet(self._log):
                 cpu = self._start(spec)
             self._closing = stack.pop_all()
+        _wake_when_dead(self._engine)
+        self._guard = _guard(self._engine)
         config, model = self._engine.vllm_config, self._engine.vllm_config.model_config
         self._limit, self._vocabulary = int(model.max_model_len), int(model.get_vocab_size())
         generation = model.try_get_generation_config()
@@ -95,6 +99,9 @@ class Vllm:
             if core is not None:
                 core.shutdown()
             del self._engine, core
+            if self._guard is not None:
+                self._guard.kill()
+                self._guard.communicate()
             gc.collect()
             importlib.import_module("vllm.distributed.parallel_state").cleanup_dist_env_and_memory()
         point_loggers("vllm", sys.stderr)
@@ -181,6 +188,31 @@ class Vllm:
         if flying:
             with quiet(self._log), contextlib.suppress(*self._faults):  # a dead engine has nothing to abort
                 self._engine.abort_request(list(flying))
+
+
+def _wake_when_dead(engine: Any) -> None:
+    """vLLM waits for ever for an engine process that was killed (out of memory): the thread that reads from it ends
+    without a word. Then the wait is ended with an error."""
+    core = getattr(engine, "engine_core", None)
+    reader, outputs = getattr(core, "output_queue_thread", None), getattr(core, "outputs_queue", None)
+
+    def watch(reader: threading.Thread, outputs: Any) -> None:
+        reader.join()
+        outputs.put_nowait(RuntimeError("its engine process ended"))
+
+    if reader is not None and outputs is not None:
+        threading.Thread(target=watch, args=(reader, outputs), daemon=True).start()
+
+
+def _guard(engine: Any) -> subprocess.Popen[bytes] | None:
+    """vLLM's engine process outlives a killed parent and keeps the GPU's memory: a shell that waits at a pipe from
+    here ends it. None where the engine has no process of its own."""
+    resources = getattr(getattr(engine, "engine_core", None), "resources", None)
+    processes = getattr(getattr(resources, "engine_manager", None), "processes", ())
+    if not processes:
+        return None
+    script = ["sh", "-c", 'read _; kill -9 "$@"', "sh", *(str(process.pid) for process in processes)]
+    return subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 def _failed(request: Request, error: str) -> Completion:

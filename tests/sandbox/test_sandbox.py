@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,10 @@ def test_one_sandbox_many_threads(sandbox: Sandbox) -> None:
 
 
 def test_closing_while_programs_run_ends_them() -> None:
-    others = tree(os.getpid())
     with Sandbox("process", workers=2, limits=Limits(seconds=60)) as box:
         for i in range(4):
             box.submit(Program(str(i), LOOP, TEST, "add"))
-        below = wait_for(8, os.getpid(), others)
+        below = wait_for(8, lambda: of(box))
         start = time.monotonic()
     assert time.monotonic() - start < 5
     assert not alive(below)
@@ -124,10 +123,9 @@ with Sandbox(workers=1) as box:
 
 
 def test_a_worker_that_dies_is_replaced() -> None:
-    others = tree(os.getpid())
     with Sandbox("process", workers=1) as box:
         assert status(box, ADD) == "passed"
-        for pid in wait_for(3, os.getpid(), others):  # with its checker and the next program's
+        for pid in wait_for(3, lambda: of(box)):  # with its checker and the next program's
             os.kill(pid, signal.SIGKILL)
         assert status(box, ADD) == "passed"
 
@@ -195,12 +193,11 @@ FORK += (
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands orphans to the worker")
 @pytest.mark.parametrize("after", [ADD, LOOP, "import os\nos._exit(0)\n", "ctypes.string_at(0)\n"])
 def test_the_process_level_ends_children_in_sessions_of_their_own(after: str) -> None:
-    others = tree(os.getpid())
     with Sandbox("process", workers=1, limits=Limits(seconds=0.5)) as box:
-        before = wait_for(1, os.getpid(), others)
+        before = wait_for(3, lambda: of(box))
         # The children keep the pipes of the dead one open, so its end shows by the clock only.
         assert status(box, FORK + after).split()[0] == ("passed" if after == ADD else "timed_out")
-        assert len(tree(os.getpid()) - others) <= len(before) + 1
+        assert len(of(box)) <= len(before)
 
 
 MAC = """
@@ -308,7 +305,7 @@ def test_a_killed_harness_leaves_no_process_and_no_file(
     assert process.stdout
     forked = int(process.stdout.readline())
     # The fork; twice the launcher (not at `process`), the worker, the checker, the program, and the next one's process.
-    wait_for(9 if level == "process" else 11, process.pid)
+    wait_for(9 if level == "process" else 11, lambda: tree(process.pid))
     time.sleep(0.2)
     below = tree(process.pid) - {forked}
     process.send_signal(signum)
@@ -339,13 +336,18 @@ def tree(pid: int) -> set[int]:
     return below - {pid}
 
 
-def wait_for(least: int, pid: int, others: set[int] = frozenset()) -> set[int]:  # type: ignore[assignment]
-    """At least that many processes below `pid`, the `others` apart."""
+def of(box: Sandbox) -> set[int]:
+    """The processes of all its workers."""
+    workers = {worker._process.pid for worker in box._workers}
+    return alive(workers.union(*map(tree, workers)))
+
+
+def wait_for(least: int, processes: Callable[[], set[int]]) -> set[int]:
     deadline = time.monotonic() + 20
-    while len(below := tree(pid) - others) < least:
-        assert time.monotonic() < deadline, below
+    while len(found := processes()) < least:
+        assert time.monotonic() < deadline, found
         time.sleep(0.05)
-    return below
+    return found
 
 
 def alive(pids: set[int]) -> set[int]:
