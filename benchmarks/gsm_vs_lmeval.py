@@ -1,6 +1,6 @@
 """GSM CoT against lm-eval's generation: the same prompts, stops and engine settings.
 
-    python benchmarks/gsm_vs_lmeval.py --data DIR [--limit 24]
+    python benchmarks/gsm_vs_lmeval.py --data DIR [--limit 16]
 
 lm-eval tokenises the text itself, outside the clock it is checked to get the same ids. Counted in CPU-seconds: its
 `generate_until` with that tokenising, and evalkit's pool with its journal.
@@ -61,7 +61,7 @@ def theirs(folder: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--limit", type=int, default=24, help="questions (default 24)")
+    parser.add_argument("--limit", type=int, default=16, help="questions (default 16)")
     args = parser.parse_args()
     if args.side == "theirs":
         common.answer(args.work, args.side, theirs(args.work))

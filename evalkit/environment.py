@@ -11,8 +11,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -160,6 +162,16 @@ def hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     return {"machine": platform.machine(), "system": f"{platform.system()} {platform.release()}",
             "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1)}
+
+
+def discard(folder: Path, error: BaseException) -> None:
+    """Remove the folder of a run that was refused; an engine log that `error` speaks of is kept, and it says where."""
+    log = folder / "engine.log"
+    if log.is_file() and str(log) in str(error):
+        kept = Path(tempfile.mkdtemp(prefix="evalkit-")) / "engine.log"
+        shutil.move(log, kept)
+        error.args = (str(error).replace(str(log), str(kept)),)
+    shutil.rmtree(folder)
 
 
 def _sha(path: Path) -> str:

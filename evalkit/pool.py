@@ -1,7 +1,7 @@
 """What is asked and in which order, all columns pooled; and asking it, each answer journaled as it comes.
 
     todo = requests(plan, folder)       # writes <column>.requests.jsonl
-    ask(session, plan, folder, todo)
+    ask(session, plan, folder, todo, see)
 
 Memory holds keys and places; the requests wait on disk, and the engine pulls a bounded number at a time.
 """
@@ -15,7 +15,7 @@ import time
 import weakref
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -261,8 +261,8 @@ def _alone(engine: Engine, request: Request) -> Completion:
     return answer
 
 
-def ask(session: Session, planned: Plan, folder: RunFolder, todo: Work) -> None:
-    """Ask all that has no answer yet and journal each answer as it comes."""
+def ask(session: Session, planned: Plan, folder: RunFolder, todo: Work, see: Callable[[Completion], None]) -> None:
+    """Ask all that has no answer yet, journal each answer as it comes, and let `see` have it."""
     batches = unanswered(planned, todo, folder)
     if any(batches):
         session.start()
@@ -270,6 +270,7 @@ def ask(session: Session, planned: Plan, folder: RunFolder, todo: Work) -> None:
     with closing(asked):  # what is in flight when this ends early is dropped before the engine closes
         for completion in bar(asked, sum(map(len, batches)), "generate"):
             _journal(completion, todo.wanted[completion.key], folder, todo)
+            see(completion)
             todo.counts.update(requests=1, prompt_tokens=completion.n_prompt, cached_tokens=completion.n_cached,
                                generated_tokens=completion.n_generated)
     todo.wanted.clear()  # a tenth of a GB a million

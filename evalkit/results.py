@@ -1,6 +1,6 @@
 """Completions -> Scores -> Metrics -> table: all that follows from a run folder's answers, again and again.
 
-    StoredAnswers -> run_programs -> score_column -> measure -> write      (the runner calls them in this order)
+    StoredAnswers, Programs -> score_column -> measure -> write      (the runner calls them in this order)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from evalkit import judge as judging
 from evalkit import report, rescore, scoring
 from evalkit.plan import ColumnPlan, Plan
 from evalkit.progress import bar
-from evalkit.sandbox import Program, Sandbox, Verdict
+from evalkit.sandbox import Sandbox, Verdict
 from evalkit.scoring import code, pairwise
 from evalkit.store import RunFolder
 from evalkit.types import Column, Completion, Metric, Sample, Score
@@ -39,24 +39,56 @@ class StoredAnswers(Mapping[str, list[Completion]]):
         return len(self._keys)
 
 
-def run_programs(plan: Plan, answers: Mapping[str, Answers]) -> tuple[dict[str, dict[str, Verdict]], str]:
-    """Column -> program id -> verdict, the code of all columns in one sandbox; and a note on how it was held."""
-    programs: list[Program] = []
-    owner: dict[str, tuple[str, str]] = {}
-    for column in plan.columns:
-        name = column.column.name
-        for sample in column.samples if column.writer.task.kind == "code" else ():
-            for program in code.programs(sample, answers[name][sample.id], column.column.switches):
-                owner[f"{name}/{program.id}"] = (name, program.id)
-                programs.append(replace(program, id=f"{name}/{program.id}"))
-    verdicts: dict[str, dict[str, Verdict]] = {}
-    if not programs:
-        return verdicts, ""
-    with Sandbox(plan.spec.sandbox) as sandbox:
-        for verdict in bar(sandbox.run(programs), len(programs), "run code", "programs"):
-            name, program_id = owner[verdict.id]
-            verdicts.setdefault(name, {})[program_id] = replace(verdict, id=program_id)
-        return verdicts, f"code ran in: {', '.join(sandbox.layers)}"
+class Programs:
+    """Runs the code of answers as they come, while the engine goes on; verdicts by column and program id.
+
+    Made before the engine, so that a machine whose sandbox lacks a layer is refused before anything is asked; its
+    workers start with the first program, after the engine has forked what it forks.
+    """
+
+    def __init__(self, plan: Plan, keys: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+        self._columns = {c.column.name: c for c in plan.columns if c.writer.task.kind == "code" and c.samples}
+        self._level, self.note = plan.spec.sandbox, ""
+        self._open: dict[str, tuple[str, str]] = {}  # program id in the sandbox -> column, program id
+        self._done: set[str] = set()
+        self._sandbox: Sandbox | None = None
+        self._wanted: dict[str, list[tuple[str, Sample, int]]] = {}  # key -> column, sample, index
+        for name, column in self._columns.items():
+            for sample in column.samples:
+                for index, key in enumerate(keys[name][sample.id]):
+                    self._wanted.setdefault(key, []).append((name, sample, index))
+        if self._columns:
+            with Sandbox(self._level, workers=1) as probe:
+                self.note = f"code ran in: {', '.join(probe.layers)}"
+
+    def see(self, completion: Completion) -> None:
+        """Submit the program of an answer, if it is one of a code column."""
+        for name, sample, index in self._wanted.get(completion.key, ()):
+            for program in code.programs(sample, [completion], self._columns[name].column.switches):
+                own = f"{sample.id}#{index}"
+                if self._sandbox is None:
+                    self._sandbox = Sandbox(self._level)
+                self._open[f"{name}/{own}"] = (name, own)
+                self._sandbox.submit(replace(program, id=f"{name}/{own}"))
+                self._done.add(completion.key)
+
+    def verdicts(self, answers: Mapping[str, Answers]) -> dict[str, dict[str, Verdict]]:
+        """All verdicts, once those of answers that stood in the journal before are there too."""
+        for name, column in self._columns.items():
+            for sample in column.samples:
+                for completion in answers[name][sample.id]:
+                    if completion.key not in self._done and completion.finish != "error":
+                        self.see(completion)
+        found: dict[str, dict[str, Verdict]] = {}
+        if self._sandbox is not None:
+            for verdict in bar(self._sandbox.results(wait=True), len(self._open), "run code", "programs"):
+                name, own = self._open[verdict.id]
+                found.setdefault(name, {})[own] = replace(verdict, id=own)
+        return found
+
+    def close(self) -> None:
+        if self._sandbox is not None:
+            self._sandbox.close()
 
 
 def score_column(column: ColumnPlan, answers: Answers, verdicts: Mapping[str, Verdict],

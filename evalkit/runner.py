@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,15 +95,16 @@ def work(planned: Plan, folder: RunFolder, run_json: dict[str, Any]) -> Outcome:
     todo = pool.requests(planned, folder)
     pairwise = [c for c in planned.columns if c.writer.task.kind == "pairwise" and c.samples]
     watch.lap("plan")
-    with contextlib.closing(pool.Session(planned, folder, todo)) as session:
-        pool.ask(session, planned, folder, todo)
-        answers = {name: results.StoredAnswers(folder, name, keys) for name, keys in todo.keys.items()}
-        judge = judging.create(planned, session, folder, session.length) if pairwise else None
-        pairs = {c.column.name: judging.compare(judge, c, planned.source, answers[c.column.name], folder)
-                 for c in pairwise if judge is not None}
-    watch.lap("ask")
-    watch.session |= {"load_s": session.load_s, **todo.counts}
-    verdicts, note = results.run_programs(planned, answers)
+    with contextlib.closing(results.Programs(planned, todo.keys)) as programs:
+        with contextlib.closing(pool.Session(planned, folder, todo)) as session:
+            pool.ask(session, planned, folder, todo, programs.see)
+            answers = {name: results.StoredAnswers(folder, name, keys) for name, keys in todo.keys.items()}
+            judge = judging.create(planned, session, folder, session.length) if pairwise else None
+            pairs = {c.column.name: judging.compare(judge, c, planned.source, answers[c.column.name], folder)
+                     for c in pairwise if judge is not None}
+        watch.lap("ask")
+        watch.session |= {"load_s": session.load_s, **todo.counts}
+        verdicts = programs.verdicts(answers)
     metrics = {}
     for column in planned.columns:
         name = column.column.name
@@ -119,7 +119,7 @@ def work(planned: Plan, folder: RunFolder, run_json: dict[str, Any]) -> Outcome:
         "engine": dict(session.settings) or run_json.get("engine", {}),
         "data": environment.data_record(planned),
         "lint": [asdict(finding) for finding in todo.lint],
-        "notes": [*planned.notes, *lint.notes(todo.lint), *([note] if note else [])],
+        "notes": [*planned.notes, *lint.notes(todo.lint), *filter(None, [programs.note])],
     }
     folder.write_json("run.json", run_json)
     table = results.write(planned, folder, metrics, run_json)
@@ -135,7 +135,7 @@ def _ended_early(folder: RunFolder, run_json: dict[str, Any], new: bool = False)
     except BaseException as error:
         refused = getattr(error, "exit_code", 1) == 2 and not any(folder.path.glob("*.completions.jsonl"))
         if new and (refused or not (folder.path / "run.json").is_file()):
-            shutil.rmtree(folder.path)
+            environment.discard(folder.path, error)
             raise
         run_json |= {"status": "stopped" if isinstance(error, Exception) else "interrupted", "error": str(error)}
         with contextlib.suppress(RunError):

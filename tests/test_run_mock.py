@@ -159,3 +159,28 @@ def test_a_recipe_over_recorded_answers(finished, tiny_model, tmp_path, capsys):
     again = json.loads(next(tmp_path.glob("*/again/metrics.json")).read_text())["columns"]
     before = json.loads((finished / "metrics.json").read_text())["columns"]
     assert {name: m["value"] for name, m in again.items()} == {name: before[name]["value"] for name in again}
+
+
+def test_a_machine_without_the_sandboxs_layers_is_refused_before_anything_is_asked(tmp_path, tiny_model, capsys,
+                                                                                    monkeypatch):
+    monkeypatch.setattr("evalkit.sandbox.shutil.which", lambda name: None)
+    argv = ["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "codex_p1", "--data", "sample", "--limit",
+            "1", "--engine", "mock", "--sandbox", "bwrap", "--out", str(tmp_path)]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert "bubblewrap is not installed" in said and "--sandbox process" in said and "generate" not in said
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_the_engine_log_of_a_refused_run_is_kept_where_the_line_says(tmp_path, tiny_model, capsys, monkeypatch):
+    from evalkit.engines import StartError, mock
+
+    def broken(spec):
+        spec.log.write_text("what the engine printed")
+        raise StartError(f"no memory (engine log: {spec.log})")
+
+    monkeypatch.setattr(mock, "from_spec", broken)
+    assert main(["run", "--model", str(tiny_model), "--format", "tulu", "--tasks", "gsm_cot", "--data", "sample",
+                 "--engine", "mock", "--out", str(tmp_path)]) == 2
+    place = capsys.readouterr().err.rpartition("engine log: ")[2].strip().rstrip(")")
+    assert Path(place).read_text() == "what the engine printed" and not list(tmp_path.glob("*/*"))

@@ -84,6 +84,7 @@ def test_the_engines_own_process_dies_and_outlives_no_run(tmp_path):
                                    env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
         while count(folder) == before and process.poll() is None:
             time.sleep(0.02)
+        assert process.poll() is None, process.communicate()
         os.kill(process.pid if victim == "run" else engine_process(process.pid), signal.SIGKILL)
         _, err = process.communicate(timeout=60)
         assert process.returncode == code and "Traceback" not in err, err
