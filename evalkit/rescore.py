@@ -30,6 +30,7 @@ COLUMNS = {
 }
 KINDS = {"mmlu": "choice", "gsm": "exact", "bbh": "exact", "tydiqa": "f1", "codex": "code", "alpaca_farm": "pairwise"}
 SAME = {"output": ("raw_output", "preference"), "target": ("gold",), "group": ("subtask", "task", "lang")}
+NEWLINE = 13  # LLaMA's id of a newline, always a token of its own: there text and ids agree without a tokenizer
 LOGITS = ("logits_ABCD", "largest_other_logit", "dtype")
 
 
@@ -84,7 +85,7 @@ def score_file(task: str, rule: str, path: Path, tokenizer: str = "", sandbox: s
     SAME. mmlu takes `output` as an object, {"A": 1.5, ...} or LOGITS, or, for strict and fasteval, as text beside a
     `question` with its options; alpaca_farm takes alpaca_eval's `preference`; codex runs the program in `sandbox`.
     `stop` (texts) or `stop_id_sequences` (ids of the `tokenizer`, a folder; after the text `prompt`) cut the output
-    first; without a target that is all: `status` is `stopped` or `whole` and `value` null. `n`, `c` and `k` (n and c
+    first (ids that are LLaMA's newline need no tokenizer); without a target that is all: `status` is `stopped` or `whole` and `value` null. `n`, `c` and `k` (n and c
     as lists: one a problem) give pass@k.
 
     All is read and checked before the first result. UnknownName for a task or rule; InputError names file, line
@@ -262,6 +263,9 @@ class _Job:
         sequences = line.get("stop_id_sequences", (list, type(None)), "a list of lists of token ids or null")
         if not sequences:
             return output, ""
+        flat = [ids for ids in sequences if all(isinstance(i, int) for i in ids)]  # null or a list matches no id
+        if not self._folder and all(i == NEWLINE for ids in flat for i in ids):
+            return cut_text(output, ["\n" * len(ids) for ids in flat])
         if not self._folder:
             raise line.error("field 'stop_id_sequences' needs the model's tokenizer: --tokenizer FOLDER")
         self._tokenizer = self._tokenizer or Tokenizer(self._folder)

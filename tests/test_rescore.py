@@ -185,3 +185,15 @@ def test_code_and_verdicts_have_no_rules():
     assert rule_names("code", "codex") == rule_names("pairwise", "alpaca_farm") == ()
     column = Column("codex_p1", "codex", "Codex", "codex", {})
     assert score_answers("code", column, SAMPLES, ANSWERS).changed == []
+
+
+def test_newline_ids_need_no_tokenizer_and_others_do(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"output": " 1\n2", "stop_id_sequences": [[13]]}, {"output": "a\n\nb", "stop_id_sequences": [[[13, 13]]]},
+            {"output": "a\n\nb", "stop_id_sequences": [[13, 13]]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(score_file("gsm", "tulu-2023-06", path))[:-1]
+    assert [r["answer"] for r in found] == [" 1", "a\n\nb", "a"]
+    path.write_text(json.dumps({"output": "x", "stop_id_sequences": [[13, 1990]]}))
+    with pytest.raises(InputError, match="needs the model's tokenizer"):
+        list(score_file("codex", "tulu-2023-06", path))
