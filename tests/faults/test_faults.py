@@ -282,6 +282,7 @@ def test_a_child_that_outlives_a_killed_run_does_not_hold_the_lock(tmp_path):
         "    if os.fork() == 0:\n"
         "        os.write(write, b'x')\n"
         "        sys.stdin.read()\n"
+        "        os._exit(0)\n"
         "    os.read(read, 1)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n")
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE,
@@ -290,6 +291,10 @@ def test_a_child_that_outlives_a_killed_run_does_not_hold_the_lock(tmp_path):
     with store.RunFolder(tmp_path / "model" / "run"):
         pass
     process.stdin.close()
+    end = time.monotonic() + 30
+    while not gone(process.pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert gone(process.pid)
 
 
 @pytest.mark.parametrize("command", ["new", "resume"])

@@ -15,8 +15,8 @@ import pytest
 
 pytestmark = pytest.mark.real
 MODEL = "smollm2-135m-instruct"
-KILLS = 30 if os.environ.get("EVALKIT_LONG") else 3
-SAMPLES = 60 if os.environ.get("EVALKIT_LONG") else 20
+LONG = bool(os.environ.get("EVALKIT_LONG"))
+KILLS, TASKS, WAIT = (30, "gsm,bbh,mmlu_0shot", 0.3) if LONG else (3, "gsm_direct,mmlu_0shot", 1.5)
 
 
 def journals(folder: Path) -> dict[str, bytes]:
@@ -47,12 +47,12 @@ def session(argv: list[str], folder: Path, number: int | None, wait: float = 0.0
 def test_what_was_answered_stays_answered(tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
     folder, draw = tmp_path / MODEL / "x", random.Random(11)
-    argv = ["--model", MODEL, "--tasks", "gsm_direct,mmlu_0shot", "--data", "sample", "--limit", str(SAMPLES),
-            "--set", "gsm.max_tokens=24", "--engine-args", "max_num_seqs=2", "--out", str(tmp_path), "--name", "x"]
+    argv = ["--model", MODEL, "--tasks", TASKS, "--data", "sample", "--set", "gsm.max_tokens=24", "--set",
+            "bbh.max_tokens=24", "--engine-args", "max_num_seqs=2", "--out", str(tmp_path), "--name", "x"]
     again = ["--resume", str(folder)]
     before: dict[str, bytes] = {}
     for number in [*[signal.SIGKILL] * KILLS, signal.SIGTERM]:
-        code, err = session(again if before else argv, folder, number, draw.uniform(0, 1.5))
+        code, err = session(again if before else argv, folder, number, draw.uniform(0, WAIT))
         assert code == (143 if number == signal.SIGTERM else -signal.SIGKILL), err
         now = journals(folder)
         assert all(now[name].startswith(lines) for name, lines in before.items()) and now != before
