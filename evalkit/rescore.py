@@ -85,8 +85,8 @@ def score_file(task: str, rule: str, path: Path, tokenizer: str = "", sandbox: s
     SAME. mmlu takes `output` as an object, {"A": 1.5, ...} or LOGITS, or, for strict and fasteval, as text beside a
     `question` with its options; alpaca_farm takes alpaca_eval's `preference`; codex runs the program in `sandbox`.
     `stop` (texts) or `stop_id_sequences` (ids of the `tokenizer`, a folder; after the text `prompt`) cut the output
-    first (ids that are LLaMA's newline need no tokenizer); without a target that is all: `status` is `stopped` or `whole` and `value` null. `n`, `c` and `k` (n and c
-    as lists: one a problem) give pass@k.
+    first (ids that are LLaMA's newline need no tokenizer); without a target that is all: `status` is `stopped` or
+    `whole` and `value` null. `n`, `c` and `k` (n and c as lists: one a problem) give pass@k.
 
     All is read and checked before the first result. UnknownName for a task or rule; InputError names file, line
     and field.
