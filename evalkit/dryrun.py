@@ -52,8 +52,7 @@ def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, me
         if request.key not in keys:
             keys.add(request.key)
             most = request.ask.max_tokens if isinstance(request.ask, Generate) else 1
-            found["requests"] += 1
-            found["tokens"] += len(request.tokens)
+            found["requests"], found["tokens"] = found["requests"] + 1, found["tokens"] + len(request.tokens)
             found["cached"] += _cacheable(request.tokens, block, blocks)
             found["new"] += most if mean is None else min(mean, most)
             found["sizes"].append(len(request.tokens) + most)
