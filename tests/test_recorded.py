@@ -159,6 +159,10 @@ def test_humaneval_differs_where_the_recorder_had_changed_the_tests(shared, tmp_
     rows = read(shared / HUMANEVAL)
     lines = [{"id": row["task_id"], "output": row["completion"], "target": row["task_id"]} for row in rows]
     results, summary = score(tmp_path, "codex", "strict", lines)
+    # brute force of HumanEval/83 runs for nearly the 3 s: on a loaded machine what timed out is asked once more
+    late = [i for i, r in enumerate(results) if r["answer"] == "timed_out" and rows[i]["recorded_base"]]
+    again, _ = score(tmp_path, "codex", "strict", [lines[i] for i in late]) if late else ([], {})
+    results = [dict(zip(late, again, strict=True)).get(i, r) for i, r in enumerate(results)]
     differ = [row for row, r in zip(rows, results, strict=True) if r["value"] != float(row["recorded_base"])]
     assert Counter(row["task_id"] for row in differ) == {"HumanEval/20": 8, "HumanEval/114": 1}
     assert all(row["recorded_base"] for row in differ)

@@ -1,5 +1,6 @@
 """The installed command, real vLLM, the embedded model: one engine start each, over sample data and real data."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,14 @@ COMMAND = str(Path(sys.executable).with_name("evalkit"))
 MODEL = "smollm2-135m-instruct"
 TABLE = ("MMLU 0-shot", "MMLU 5-shot", "GSM Direct", "GSM CoT", "BBH Direct", "BBH CoT", "TydiQA Gold-Passage",
          "TydiQA Closed-book", "Codex-Eval Pass@1", "Codex-Eval Pass@10", "AlpacaFarm vs Davinci-003", "Average")
+
+# torch.distributed binds the loopback interface, which a new namespace has, but down: SIOCSIFFLAGS, IFF_UP
+WITH_LOOPBACK = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as s:
+    fcntl.ioctl(s, 0x8914, struct.pack("16sH14x", b"lo", 1))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,8 +85,9 @@ def test_a_machine_without_any_network_and_a_kill_in_mid_run(tmp_path, shared):
     if probe.returncode:
         pytest.skip("this kernel allows no network namespace here")
     out = tmp_path / "results"
-    argv = ["unshare", "--net", "--map-root-user", COMMAND, "run", "--model", MODEL, "--tasks", "bbh_cot,mmlu_0shot",
-            "--data", str(shared / "data/hub"), "--limit", "40", "--out", str(out), "--name", "x"]
+    argv = ["unshare", "--net", "--map-root-user", sys.executable, "-c", WITH_LOOPBACK, COMMAND, "run", "--model", MODEL,
+            "--tasks", "bbh_cot,mmlu_0shot", "--data", str(shared / "data/hub"), "--limit", "40", "--out", str(out),
+            "--name", "x"]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     journal = out / MODEL / "x" / "bbh_cot.completions.jsonl"
@@ -91,7 +101,8 @@ def test_a_machine_without_any_network_and_a_kill_in_mid_run(tmp_path, shared):
         wait_for(lambda: count() > first, process)
         assert seen and process.poll() is None, process.stderr.read() if process.stderr else ""
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if process.stderr:
             process.stderr.close()

@@ -276,7 +276,8 @@ def test_time_without_a_core_does_not_count() -> None:
 # ---- interruption ----------------------------------------------------------------------------------------
 
 HARNESS = f"""
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job started in the background ignores it
 from evalkit.sandbox import Limits, Program, Sandbox
 box = Sandbox(sys.argv[1], workers=2, limits=Limits(seconds=60), required=())
 write = "open('evalkit-left', 'w').write('x')\\n"
