@@ -85,9 +85,9 @@ def test_a_machine_without_any_network_and_a_kill_in_mid_run(tmp_path, shared):
     if probe.returncode:
         pytest.skip("this kernel allows no network namespace here")
     out = tmp_path / "results"
-    argv = ["unshare", "--net", "--map-root-user", sys.executable, "-c", WITH_LOOPBACK, COMMAND, "run", "--model",
-            MODEL, "--tasks", "bbh_cot,mmlu_0shot", "--data", str(shared / "data/hub"), "--limit", "40", "--out", str(out),
-            "--name", "x"]
+    argv = ["unshare", "--net", "--map-root-user", sys.executable, "-c", WITH_LOOPBACK, COMMAND, "run",
+            "--model", MODEL, "--tasks", "bbh_cot,mmlu_0shot", "--data", str(shared / "data/hub"),
+            "--limit", "40", "--out", str(out), "--name", "x"]
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     journal = out / MODEL / "x" / "bbh_cot.completions.jsonl"
