@@ -68,7 +68,7 @@ class Planned:
     plan: Plan
     folder: RunFolder
     todo: Work
-    batches: list[list[int]]  # numbers of requests, in the order asked
+    batches: list[array[int]]  # numbers of requests, in the order asked
 
     def requests(self) -> list[Request]:
         return list(self.todo.requests.read(chain.from_iterable(self.batches)))
@@ -90,7 +90,7 @@ def planned(spec: RunSpec, scratch: Path, name: str = "run") -> Planned:
 def start(work: Planned) -> Session:
     """The run's engine, and one foreign question of each kind answered."""
     session = Session(work.plan, work.folder, work.todo)
-    asks = (Generate(4), Choose(((5,), (6,))))
+    asks: tuple[Generate | Choose, ...] = (Generate(4), Choose(((5,), (6,))))
     for completion in session.complete(Request(f"warm{i}", "", "", i, WARM, ask) for i, ask in enumerate(asks)):
         if completion.error:
             raise SystemExit(completion.error)
@@ -101,7 +101,7 @@ def ask(work: Planned) -> dict[str, Any]:
     """Ask by the pool's own path, journal included, and what it cost; the engine's start and end are not counted."""
     session = start(work)
     with work.folder, measured() as cost:
-        pool.ask(session, work.plan, work.folder, work.todo)
+        pool.ask(session, work.plan, work.folder, work.todo, lambda completion: None)
     settings = dict(session.settings)
     session.close()
     return {"cpu": cost.cpu, "wall": cost.wall, "settings": settings, "answers": answers(work)}
@@ -181,7 +181,7 @@ def ratios(found: Sequence[tuple[Any, Any]], least: float) -> dict[str, Any]:
 
 
 def middle(found: Sequence[tuple[Any, Any]], which: int, key: str = "cpu") -> float:
-    return statistics.median(pair[which][key] for pair in found)
+    return float(statistics.median(pair[which][key] for pair in found))
 
 
 def note(text: str) -> None:

@@ -31,7 +31,7 @@ def lm_eval_model(given: dict[str, Any]) -> Any:
     engines.prepare("vllm")
     vllm, cpu = vllm_start.load()
     name, real = vllm_start.distribution()[0], metadata.version
-    metadata.version = lambda package: real(name if package == "vllm" else package)
+    metadata.version = lambda distribution_name: real(name if distribution_name == "vllm" else distribution_name)
     from lm_eval.models.vllm_causallms import VLLM
 
     spec = EngineSpec(given["model"], max_model_len=given["length"], seed=given["seed"])

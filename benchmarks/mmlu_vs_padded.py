@@ -32,7 +32,8 @@ def theirs(folder: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     given = json.loads((Path(folder) / "requests.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.bfloat16)
+    model.eval()
     pad = model.config.pad_token_id or model.config.eos_token_id or 0
     answers = {}
 

@@ -14,6 +14,7 @@ import argparse
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def engine_side(args: argparse.Namespace, scratch: str) -> dict[str, Any]:
 
 def engine_part(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
-        found = common.pairs(*(lambda name=name: common.side(name, Path(scratch)) for name in ("pooled", "one-by-one")),
-                             most=args.pairs)
+        pooled, apart = (partial(common.side, name, Path(scratch)) for name in ("pooled", "one-by-one"))
+        found = common.pairs(pooled, apart, args.pairs)
     answers = [side["answers"] for side in found[-1]]
     texts = [key for key, answer in answers[0].items() if not answer["logprobs"]]
     equal = sum(answers[0][key]["text"] == answers[1][key]["text"] for key in texts)

@@ -4,24 +4,23 @@
 
 `self` asks the evaluated model for one label by `Choose`, so that each pair has a verdict; the cell is then marked
 "self-judged". `openai:MODEL@URL` asks a chat endpoint (key: OPENAI_API_KEY). Which text is (A) is a hash of the id.
+Replies are journaled as they come, so that a run gone on with pays for none twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from evalkit.data import Source
+from evalkit.endpoint import Endpoint, Refused, at_once
 from evalkit.engines import Engine
-from evalkit.errors import DataError, InputError
+from evalkit.errors import DataError, EngineError, InputError
 from evalkit.plan import ColumnPlan, Plan
 from evalkit.progress import bar
 from evalkit.prompts import Writer, request_key
@@ -36,6 +35,10 @@ TEMPLATE = (
     "Which output is better, A or B? Answer with the letter only."
 )
 PREFILL = "The better output is:"
+AT_ONCE = 8  # requests to an endpoint at a time
+REPLY = 8  # tokens of its reply at most
+
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class SelfJudge:
     def __init__(self, writer: Writer, identity: str, limit: int, engine: Engine, folder: RunFolder) -> None:
         assert writer.tokenizer is not None
         self._writer, self._identity, self._limit, self._engine = writer, identity, limit, engine
-        self._tokenizer, self._folder = writer.tokenizer, folder
+        self._tokenizer, self._folder, self._column = writer.tokenizer, folder, _journal(writer.column.name)
         options = self._tokenizer.option_ids(LABELS, "after-blank")[0]
         self._ask = Choose(options)
 
@@ -104,14 +107,9 @@ class SelfJudge:
         for pair in pairs:
             fitted, tokens = self._fit(pair)
             key = request_key(self._identity, tokens, self._ask, 0)
-            requests[key] = Request(key, f"{self._writer.column.name}.judge", pair.sample, 0, tokens, self._ask)
+            requests[key] = Request(key, self._column, pair.sample, 0, tokens, self._ask)
             waiting.setdefault(key, []).append(fitted)
-        column = f"{self._writer.column.name}.judge"
-        known = self._folder.completions(column)
-        fresh = self._engine.complete([r for key, r in requests.items() if not known.has(key)])
-        for completion in chain((known[key] for key in requests if known.has(key)), fresh):
-            if not known.has(completion.key):
-                self._folder.append(column, completion)
+        for completion in _kept(self._folder, self._column, requests, self._engine.complete):
             best = max(range(len(completion.logprobs)), key=lambda i: (completion.logprobs[i], -i), default=None)
             label = "" if best is None else LABELS[best]
             yield from (pair.judged(label) for pair in waiting[completion.key])
@@ -134,40 +132,79 @@ class SelfJudge:
 
 
 class EndpointJudge:
-    """An OpenAI-compatible chat endpoint, asked one pair at a time, greedily. InputError when it can't be asked."""
+    """An OpenAI-compatible chat endpoint, asked greedily. EngineError when it can't be asked; what it said is kept."""
 
     mark = ""
 
-    def __init__(self, model: str, url: str) -> None:
+    def __init__(self, model: str, url: str, column: str, folder: RunFolder) -> None:
         self.name = f"openai:{model}@{url}"
-        self._model, self._url = model, url.rstrip("/") + "/chat/completions"
-        self._key = os.environ.get("OPENAI_API_KEY", "")
+        self._model, self._column, self._folder = model, _journal(column), folder
+        self._server = Endpoint(url, timeout=120.0)
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[Pair]:
+        waiting: dict[str, list[Pair]] = {}
+        bodies: dict[str, tuple[str, dict[str, Any]]] = {}
         for pair in pairs:
-            reply = self._ask(pair.prompt()).strip().strip("()[].\"'").upper()
-            yield pair.judged(reply[:1] if reply in LABELS or reply[:2] in ("A)", "B)", "A.", "B.") else "")
-
-    def _ask(self, prompt: str) -> str:
-        body = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                "max_tokens": 8}
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
+            body = {"model": self._model, "messages": [{"role": "user", "content": pair.prompt()}], "temperature": 0,
+                    "max_tokens": REPLY}
+            key = hashlib.sha256(json.dumps([self.name, body]).encode()).hexdigest()
+            bodies[key] = (key, body)
+            waiting.setdefault(key, []).append(pair)
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                text: str = json.load(answer)["choices"][0]["message"]["content"]
-        except (OSError, urllib.error.URLError, KeyError, IndexError, ValueError, TypeError) as error:
-            raise InputError(f"--judge {self.name}: {error}; is the endpoint up and OPENAI_API_KEY set?") from None
-        return text
+            for reply in _kept(self._folder, self._column, bodies, self._complete):
+                yield from (pair.judged(label_of(reply.text)) for pair in waiting[reply.key])
+        finally:
+            self._server.close()
+
+    def _complete(self, bodies: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Completion]:
+        for reply in at_once(bodies, self._reply, AT_ONCE):
+            if reply.error:
+                raise EngineError(f"--judge {self.name}: {reply.error}")
+            yield reply
+
+    def _reply(self, keyed: tuple[str, dict[str, Any]]) -> Completion:
+        key, body = keyed
+        try:
+            text = self._server.ask("/chat/completions", body)["choices"][0]["message"]["content"]
+        except Refused as fault:
+            return Completion(key, finish="error", error=str(fault))
+        except (LookupError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            return Completion(key, finish="error", error="its answer has no choice with a message")
+        return Completion(key, text)
+
+
+def label_of(reply: str) -> str:
+    """`A`, `(B).` or `B) it is clearer` -> the letter; empty where the reply names none."""
+    said = reply.strip().strip("()[].\"'").upper()
+    return said[:1] if said in LABELS or said[:2] in ("A)", "B)", "A.", "B.") else ""
+
+
+def _journal(column: str) -> str:
+    return f"{column}.judge"
+
+
+def _kept(folder: RunFolder, column: str, asked: Mapping[str, Asked],
+          ask: Callable[[Iterable[Asked]], Iterator[Completion]]) -> Iterator[Completion]:
+    """The answers to what is asked, by key: those in the journal, then the others, journaled as they come."""
+    known = folder.completions(column)
+    have = [key for key in asked if known.has(key)]
+    yield from (known[key] for key in have)
+    answers: Any = ask([item for key, item in asked.items() if not known.has(key)])
+    with contextlib.closing(answers) as fresh:
+        for completion in fresh:
+            folder.append(column, completion)
+            yield completion
 
 
 def create(plan: Plan, engine: Engine | None, folder: RunFolder, length: int) -> Judge:
     """The judge that `plan.spec.judge` names; `self` asks `engine`, whose length is `length` tokens."""
     model, url = parse(plan.spec.judge)
-    if url:
-        return EndpointJudge(model, url)
-    assert engine is not None
     column = next(c for c in plan.columns if c.writer.task.kind == "pairwise")
+    if url:
+        return EndpointJudge(model, url, column.column.name, folder)
+    assert engine is not None
     return SelfJudge(column.writer, ":".join(plan.parts.values()), length, engine, folder)
 
 

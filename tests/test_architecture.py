@@ -10,7 +10,7 @@ import evalkit
 ROOT = Path(evalkit.__file__).parent
 LAYERS = [
     {"errors", "types"},
-    {"extract", "stats", "draws", "progress", "weights", "tasks", "quiet"},
+    {"extract", "stats", "draws", "progress", "weights", "tasks", "quiet", "endpoint"},
     {"formats", "data", "lmeval", "tokens", "recipes", "models", "prepare", "sandbox", "report"},
     {"prompts", "scoring", "engines", "recover", "rescore"},
     {"store", "plan", "doctor"},

@@ -10,32 +10,20 @@ OPENAI_API_KEY only. What a server leaves out or gets wrong is the Completion's 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib
-import json
 import math
-import os
-import queue
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
+from evalkit.endpoint import Endpoint, Refused, at_once
 from evalkit.engines import EngineSpec, StartError, answers
-from evalkit.errors import EngineError, InputError, UnknownName
+from evalkit.errors import InputError, UnknownName
 from evalkit.extract import cut_text
 from evalkit.types import Choose, Completion, Generate, Request
 
 NUMBERS = {"concurrency": 8.0, "timeout": 600.0, "retries": 5.0}  # requests at once; seconds of silence; tries after
-AGAIN = {408, 409, 425, 429}  # and all of 5xx: the same request may pass later
 TOP = 20
-
-
-class Refused(Exception):
-    """The server answered, but not so that it can be used, or not at all after the retries."""
 
 
 class OpenAI:
@@ -48,15 +36,15 @@ class OpenAI:
         for option in spec.args:
             if option not in known:
                 raise UnknownName("engine option of openai", option, known)
-        self._url = spec.args.get("base_url", "").rstrip("/")
-        if not urlsplit(self._url).scheme.startswith("http"):
+        url = spec.args.get("base_url", "")
+        if not urlsplit(url).scheme.startswith("http"):
             raise InputError("--engine openai needs --engine-args base_url=http://HOST:PORT/v1")
         try:
             numbers = {name: float(spec.args.get(name, default)) for name, default in NUMBERS.items()}
         except ValueError:
             raise InputError(f"--engine-args: {', '.join(NUMBERS)} are numbers") from None
-        self._many, self._retries = max(1, int(numbers["concurrency"])), int(numbers["retries"])
-        self._timeout, self._limit, self._over = numbers["timeout"], spec.max_model_len, threading.Event()
+        self._many, self._limit = max(1, int(numbers["concurrency"])), spec.max_model_len
+        self._server = Endpoint(url, numbers["timeout"], int(numbers["retries"]))
         self._tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(
             spec.tokenizer or spec.model, revision=None if spec.tokenizer else spec.revision or None)
         self._ends = answers.ends(self._tokenizer, None, spec.eos)
@@ -65,8 +53,8 @@ class OpenAI:
             self._model = spec.args.get("model") or self._served()
             self._probe()
         except Refused as fault:
-            raise StartError(f"--engine openai: {self._url}: {fault}") from fault
-        parts = urlsplit(self._url)
+            raise StartError(f"--engine openai: {self._server.url}: {fault}") from fault
+        parts = urlsplit(self._server.url)
         self.settings: Mapping[str, Any] = {
             "base_url": parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), "model": self._model,
             "device": "server", "prompt": "token ids" if self._ids_in else "text",
@@ -75,7 +63,7 @@ class OpenAI:
         }
 
     def _served(self) -> str:
-        rows = self._ask("/models", None).get("data")
+        rows = self._server.ask("/models").get("data")
         names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row] if rows else []
         if len(names) != 1:
             raise Refused(f"it serves {', '.join(names) or 'no model'}: say which with --engine-args model=NAME")
@@ -86,7 +74,7 @@ class OpenAI:
         tokens = list(self._tokenizer.encode("The capital of France is", add_special_tokens=False))
         for self._ids_in, self._ids_out in ((True, True), (True, False), (False, False)):
             try:
-                reply = self._ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0}))
+                reply = self._server.ask("/completions", self._body(tokens, {"max_tokens": 1, "temperature": 0}))
                 choice = _choice(reply)
             except Refused:
                 if not self._ids_in:  # a text must do, or the server is of no use
@@ -102,38 +90,10 @@ class OpenAI:
         self._choice = "none"
 
     def complete(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        waiting, flying = iter(requests), 0
-        todo, done = queue.SimpleQueue[Request | None](), queue.SimpleQueue[Completion | None]()
-        for _ in range(self._many):  # daemons: a silent server does not keep an ended run from leaving
-            threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
-        try:
-            while True:
-                for request in islice(waiting, 2 * self._many - flying):
-                    todo.put(request)
-                    flying += 1
-                if not flying:
-                    return
-                if (completion := done.get()) is None:
-                    raise EngineError("--engine openai: a thread of evalkit's died; its traceback stands above")
-                flying -= 1
-                yield completion
-        finally:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    todo.get_nowait()
-            for _ in range(self._many):
-                todo.put(None)
-
-    def _work(self, todo: queue.SimpleQueue[Request | None], done: queue.SimpleQueue[Completion | None]) -> None:
-        while (request := todo.get()) is not None:
-            completion = None
-            try:
-                completion = self._answer(request)
-            finally:
-                done.put(completion)
+        return at_once(requests, self._answer, self._many)
 
     def close(self) -> None:
-        self._over.set()  # nobody waits for another try
+        self._server.close()
 
     def _answer(self, request: Request) -> Completion:
         if (refused := answers.refuse(request, self._limit, self._vocabulary)) is not None:
@@ -157,7 +117,7 @@ class OpenAI:
             extra["stop_token_ids"] = sorted({*self._ends.ids, *answers.single_stops(ask)})
             # A vLLM server fills in what is left out from the model's generation config; no recipe has these.
             extra |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-        reply = self._ask("/completions", self._body([*request.tokens], extra))
+        reply = self._server.ask("/completions", self._body([*request.tokens], extra))
         choice, cached = _choice(reply), _count(reply, "prompt_tokens_details", "cached_tokens") or 0
         self._same_prompt(reply, request)
         if self._ids_out:
@@ -208,7 +168,7 @@ class OpenAI:
         extra: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "logprobs": len(ids) or TOP}
         if ids:
             extra |= {"logprob_token_ids": list(ids), "return_tokens_as_token_ids": True}
-        told = _choice(self._ask("/completions", self._body(tokens, extra))).get("logprobs")
+        told = _choice(self._server.ask("/completions", self._body(tokens, extra))).get("logprobs")
         rows = told.get("top_logprobs") if isinstance(told, dict) else None
         row = rows[0] if isinstance(rows, list) and rows else None
         if not isinstance(row, dict) or not row or not all(isinstance(value, int | float) for value in row.values()):
@@ -230,35 +190,6 @@ class OpenAI:
         if self._ids_out:
             body["return_token_ids"] = True
         return body
-
-    def _ask(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The server's JSON. Asked again after 0.5, 1, 2 ... 30 s, or as long as it says, while that can help."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body).encode()
-        said, asked = "", ""
-        for attempt in range(self._retries + 1):
-            pause = float(asked) if asked.isdigit() else 0.5 * 2**(attempt - 1)
-            if attempt and self._over.wait(min(pause, 30.0)):
-                break
-            asked = ""
-            try:
-                call = urllib.request.Request(self._url + path, data, headers)
-                with urllib.request.urlopen(call, timeout=self._timeout) as answer:
-                    reply = json.load(answer)
-                if isinstance(reply, dict):
-                    return reply
-                said = "its answer is no JSON object"
-            except urllib.error.HTTPError as fault:
-                with fault:
-                    said = f"HTTP {fault.code}: {fault.read(300).decode('utf-8', 'replace').strip()}"
-                if fault.code < 500 and fault.code not in AGAIN:
-                    raise Refused(said + ("; is OPENAI_API_KEY set?" if fault.code == 401 else "")) from None
-                asked = fault.headers.get("Retry-After") or ""
-            except (OSError, http.client.HTTPException, ValueError) as fault:  # gone, silent, cut short, not JSON
-                said = f"{type(fault).__name__}: {fault}"
-        raise Refused(f"no usable answer in {self._retries + 1} tries: {said}")
 
 
 def _choice(reply: Mapping[str, Any]) -> dict[str, Any]:
