@@ -20,6 +20,8 @@ from evalkit.types import RunSpec
 
 RARE = {  # what --option takes: its value and what it does
     "allow": ("RULES", "run in spite of these lint errors"),
+    "judge-price": ("P,R", "USD per million tokens of the judge's prompts and replies, for --dry-run"),
+    "no-probe": ("", "--dry-run starts no engine"),
     "reuse": ("RUN", "take equal answers over from another run"),
     "sequential": ("", "ask column by column, not pooled"),
     "strict": ("", "exit 1 when a cell is unhealthy"),
@@ -92,7 +94,7 @@ def _run(p: argparse.ArgumentParser) -> None:
                           "base_url=URL; these two also as --answers FILE, --base-url URL")
     how.add_argument("--judge", default="self", metavar="J", help="self (default) or openai:MODEL@URL")
     how.add_argument("--sandbox", default="auto", metavar="LEVEL", help="auto (default), bwrap, kernel or process")
-    how.add_argument("--dry-run", action="store_true", help="say what would be asked and what it costs; asks nothing")
+    how.add_argument("--dry-run", action="store_true", help="say what would be asked and what it costs; writes nothing")
     how.add_argument("--option", action="append", default=[], metavar="K[=V]",
                      help="; ".join(f"{name}{'=' * bool(value)}{value}: {text}" for name, (value, text) in RARE.items())
                           + "; also as --sequential, --reuse RUN and so on")

@@ -1,52 +1,75 @@
-"""`evalkit run --dry-run`: what a run would ask and what that costs, before an engine starts. Writes nothing.
+"""`evalkit run --dry-run`: what a run would ask and what that costs. Writes nothing.
 
-    column      requests  prompt tokens  cacheable  output tokens  KV memory  judge calls  time
-    mmlu_5shot  14042     9821377        92.1 %     14042          2.10 GiB   0            0:41:10
+    column      requests  prompt tokens  cacheable  output tokens  KV memory  judge calls  price  time
+    mmlu_5shot  14042     9821377        92.1 %     14042          2.10 GiB   0            -      0:41:10
 
-Output tokens and time are by the model's last finished run under --out; else the recipe's maximum, and a dash.
+Output tokens and time are by the model's last finished run under --out; where there is none, the recipe's maximum and
+a short probe of the engine.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evalkit import plan, prompts, store
+from evalkit import engines, plan, probe, prompts, store
+from evalkit import judge as judging
 from evalkit.errors import InputError
 from evalkit.plan import ColumnPlan, Plan
-from evalkit.types import Generate, RunSpec
+from evalkit.probe import Speed
+from evalkit.types import Completion, Generate, Request, RunSpec
 
 BLOCK, WINDOW = 16, 64  # vLLM's tokens a block on GPUs; requests at once that evalkit asks of it on CPUs
 
 
 def estimate(spec: RunSpec) -> tuple[list[dict[str, str]], list[str]]:
     """Rows of the table, the last of them the total, and notes. InputError as for the run itself."""
+    price = _price(spec)
+    engines.prepare(spec.engine)
     planned = plan.make(spec, weights=False)
     last, engine = _last_run(Path(spec.out) / planned.folder_name)
     block = int(spec.engine_args.get("block_size") or engine.get("block_size") or BLOCK)
     window = int(spec.engine_args.get("max_num_seqs") or engine.get("max_num_seqs") or WINDOW)
-    rate, keys, blocks = last.get("rate", 0.0), set[str](), set[int]()
-    rows, total = [], Counter[str]()
+    keys, blocks, few = set[str](), set[int](), list[Request]()
+    found, total = {}, Counter[str]()
     for column in planned.columns:
-        found = _column(column, keys, blocks, block, last.get(column.column.name))
-        found["kv"] = sum(heapq.nlargest(window, found.pop("sizes"))) * _kv_bytes(planned)
-        rows.append(_row(column.column.name, found, rate))
-        total.update(found)
-        total["kv"] = max(total["kv"] - found["kv"], found["kv"])  # the window is shared
+        own = found[column.column.name] = _column(column, keys, blocks, block, last.get(column.column.name), few)
+        own["kv"] = sum(heapq.nlargest(window, own.pop("sizes"))) * _kv_bytes(planned)
+        own |= _judging(planned, column, own["new"] / max(1, own["requests"]), price)
+        total.update(own)
+        total["kv"] = max(total["kv"] - own["kv"], own["kv"])  # the window is shared
+    speed: Speed | str = "--no-probe"
+    if last:
+        speed = Speed(last["rate"], last["rate"], str(engine["run"]))
+    elif "no-probe" not in spec.options:
+        speed = probe.measure(planned, few)
     notes = [f"cacheable: whole blocks of {block} tokens with which an earlier prompt begins; "
              f"KV memory: the {window} longest requests at once, in 16 bits, nothing shared",
-             f"output tokens and time: by {engine['run']}, {rate:.0f} tokens computed a second" if rate else
-             "output tokens: the recipe's maximum; no finished run of this model under --out tells more"]
-    judge = [f"judge: {spec.judge}" + ", at the endpoint's price" * (spec.judge != "self")] if total["judge"] else []
-    return [*rows, _row("total", total, rate)], notes + judge
+             *_said(speed, bool(last))]
+    judge = [f"judge: {spec.judge}{price[2]}"] if total["judge"] else []
+    return [_row(name, own, speed) for name, own in (*found.items(), ("total", total))], notes + judge
 
 
-def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, mean: float | None) -> dict[str, Any]:
-    """Counts of a column's requests, but for those that a column before it asks too; `sizes` are their lengths."""
+def _said(speed: Speed | str, by_run: bool) -> list[str]:
+    if by_run and isinstance(speed, Speed):
+        return [f"output tokens and time: by {speed.source}, {speed.new:.0f} tokens computed a second"]
+    first = "output tokens: the recipe's maximum; no finished run of this model under --out tells more"
+    if isinstance(speed, str):
+        return [first, f"time: not known ({speed})"]
+    return [first, f"time: at most, by {speed.source}: {speed.prompt:.0f} prompt tokens computed and "
+                   f"{speed.new:.0f} tokens generated a second"]
+
+
+def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, mean: float | None,
+            few: list[Request]) -> dict[str, Any]:
+    """Counts of a column's requests, but for those that a column before it asks too; `sizes` are their lengths. The
+    first of them go to `few`, for the probe."""
     found: dict[str, Any] = dict.fromkeys(("requests", "tokens", "cached", "new"), 0) | {"sizes": []}
     for _, request in prompts.requests(column.writer, plan.rendered(column), ""):
         if request.key not in keys:
@@ -56,7 +79,42 @@ def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, me
             found["cached"] += _cacheable(request.tokens, block, blocks)
             found["new"] += most if mean is None else min(mean, most)
             found["sizes"].append(len(request.tokens) + most)
-    return found | {"judge": len(column.samples) if column.writer.task.kind == "pairwise" else 0}
+            if len(found["sizes"]) <= probe.FEW:
+                few.append(request)
+    return found
+
+
+def _judging(planned: Plan, column: ColumnPlan, new: float, price: tuple[float, float, str]) -> dict[str, Any]:
+    """Judge calls of a column, the tokens that its own engine reads for them, and their price in USD: both by the
+    model's own tokenizer, and by the answers' expected length `new`."""
+    if column.writer.task.kind != "pairwise" or planned.tokenizer is None:
+        return {"judge": 0, "own": 0, "usd": 0.0}
+    unasked = {sample.id: [Completion("")] for sample in column.samples}
+    pairs = judging.pairs(column, partial(planned.source.rows, task=column.column.task), unasked)
+    tokens = sum(len(planned.tokenizer.encode(pair.prompt())) + new for pair in pairs)
+    usd = (tokens * price[0] + len(pairs) * judging.REPLY * price[1]) / 1e6
+    return {"judge": len(pairs), "own": tokens if planned.self_judged else 0, "usd": usd}
+
+
+def _price(spec: RunSpec) -> tuple[float, float, str]:
+    """USD per million tokens of the judge's prompts and replies, and what is to be said of it. InputError."""
+    model, _ = judging.parse(spec.judge)
+    if own := spec.options.get("judge-price", ""):
+        try:
+            prompt, reply = (float(part) for part in own.split(","))
+        except ValueError:
+            raise InputError(f"--option judge-price={own}: the form is PROMPT,REPLY in USD per million tokens, "
+                             "for example 2.5,10") from None
+        return prompt, reply, f" at {prompt:g} and {reply:g} USD per million tokens of prompt and reply"
+    if not model:
+        return 0.0, 0.0, ", by the run's own engine"
+    known = tomllib.loads((Path(__file__).parent / "judges.toml").read_text(encoding="utf-8"))
+    name = max((name for name in known["price"] if model.startswith(name)), key=len, default="")
+    if not name:
+        return 0.0, 0.0, ": price not known; give it as --option judge-price=PROMPT,REPLY (USD per million tokens)"
+    prompt, reply = known["price"][name]
+    return prompt, reply, (f" at {prompt:g} and {reply:g} USD per million tokens of prompt and reply "
+                           f"({name}, {known['seen']})")
 
 
 def _cacheable(tokens: Any, block: int, seen: set[int]) -> int:
@@ -70,13 +128,16 @@ def _cacheable(tokens: Any, block: int, seen: set[int]) -> int:
     return found
 
 
-def _row(name: str, found: Mapping[str, Any], rate: float) -> dict[str, str]:
-    s = round((found["tokens"] - found["cached"] + found["new"]) / rate) if rate else 0
+def _row(name: str, found: Mapping[str, Any], speed: Speed | str) -> dict[str, str]:
+    time = "-"
+    if isinstance(speed, Speed):
+        s = round(speed.seconds(found["tokens"] - found["cached"] + found["own"], found["new"]))
+        time = f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
     return {"column": name, "requests": f"{found['requests']}", "prompt tokens": f"{found['tokens']}",
             "cacheable": f"{100 * found['cached'] / max(1, found['tokens']):.1f} %",
             "output tokens": f"{found['new']:.0f}",
             "KV memory": f"{found['kv'] / 2**30:.2f} GiB" if found["kv"] else "-", "judge calls": f"{found['judge']}",
-            "time": f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}" if rate else "-"}
+            "price": f"${found['usd']:.2f}" if found["usd"] else "-", "time": time}
 
 
 def _kv_bytes(planned: Plan) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evalkit import engines, plan
-from evalkit.engines import EngineSpec
 from evalkit.plan import Plan
 from evalkit.progress import bar, say
 from evalkit.types import Choose, Completion, Generate, Request, RunSpec
@@ -57,10 +56,8 @@ def answers(planned: Plan, engine: str, orders: Sequence[Sequence[Request]]) -> 
     """The answers of one session of `engine` to each order of the requests."""
     longest = max(len(r.tokens) + (r.ask.max_tokens if isinstance(r.ask, Generate) else 1) for r in orders[0])
     log = Path(tempfile.mkdtemp(prefix="evalkit-")) / f"{engine}.log"
-    args = {k: v for k, v in planned.spec.engine_args.items() if k != "max_model_len"}
     say(f"engine: {engine} loads {planned.model.name} (its log: {log})")
-    session = engines.create(engine, EngineSpec(planned.model.path, planned.model.revision, longest, args, log,
-                                                planned.recipe.seed, planned.model.path))
+    session = engines.create(engine, planned.engine_spec(longest, log))
     try:
         for order in orders:
             yield {c.key: c for c in bar(session.complete(iter(order)), len(order), engine)}

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 from evalkit import data, draws, formats, models, recipes, tasks
+from evalkit.engines import EngineSpec
 from evalkit.errors import DataError, InputError, UnknownName
 from evalkit.formats import Format
 from evalkit.prompts import Rendered, Writer, requests
@@ -79,6 +80,12 @@ class Plan:
         if own and not own.isdigit():
             raise InputError(f"--engine-args max_model_len={own}: must be a number of tokens")
         return int(own) if own else self.model.context or _config_context(self.model)
+
+    def engine_spec(self, length: int, log: Path) -> EngineSpec:
+        """What an engine of `length` tokens (prompt and answer together) is built from."""
+        args = {k: v for k, v in self.spec.engine_args.items() if k != "max_model_len"}
+        return EngineSpec(self.model.path, self.model.revision, length, args, log, self.recipe.seed,
+                          self.spec.tokenizer or self.model.path)
 
     def requests(self, column: ColumnPlan) -> Iterator[tuple[Rendered, Request]]:
         return requests(column.writer, rendered(column), ":".join(self.parts.values()))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit import engines, store
-from evalkit.engines import Engine, EngineSpec
+from evalkit.engines import Engine
 from evalkit.errors import EngineError, EvalkitError, RunError
 from evalkit.lint import Finding, Linter, allowed, refuse
 from evalkit.plan import ColumnPlan, Plan
@@ -175,10 +175,7 @@ class Session:
         self.settings: Mapping[str, Any] = {}  # empty while none was started
         self.load_s = 0.0
         self.length = max(todo.length, planned.context if planned.self_judged else 1)
-        args = {k: v for k, v in planned.spec.engine_args.items() if k != "max_model_len"}
-        self._spec = EngineSpec(planned.model.path, planned.model.revision, self.length, args,
-                                folder.path / "engine.log", planned.recipe.seed,
-                                planned.spec.tokenizer or planned.model.path)
+        self._spec = planned.engine_spec(self.length, folder.path / "engine.log")
         self._said = f"{planned.model.name}; chat format {planned.format.name}, length {self.length} tokens"
         self._engine: Engine | None = None
 

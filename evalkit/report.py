@@ -60,7 +60,7 @@ def metric(
         marks, reason = (*marks, f"missing: {reason}"), ""
     if reason or not have:
         groups = len({group for _, group in have})
-        reason = reason or "no samples"
+        reason = reason or ("no sample has a verdict" if scores else "no samples")
         return Metric(column.name, None, None, None, len(have), groups, health, reason, marks)
     values, names = zip(*have, strict=True)
     mean, low, high, groups = mean_interval(values, names, average == "groups")

@@ -15,7 +15,7 @@ LAYERS = [
     {"prompts", "scoring", "engines", "recover", "rescore"},
     {"store", "plan", "doctor"},
     {"judge", "lint", "tokenstats", "environment", "checking"},
-    {"pool", "results", "dryrun", "noise"},
+    {"pool", "results", "dryrun", "noise", "probe"},
     {"runner"},
     {"cli", "commands"},
 ]

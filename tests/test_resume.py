@@ -1,4 +1,4 @@
-"""Going on: by key, with what is said; taking over from another run; several models; the order of asking; dry run."""
+"""Going on: by key, with what is said; taking over from another run; several models; the order of asking."""
 
 import json
 import shutil
@@ -228,40 +228,6 @@ def test_sequential_asks_a_column_only_when_the_one_before_is_answered(base, mon
     monkeypatch.setattr(Mock, "complete", counted)
     assert main([*base, "--tasks", "mmlu_0shot,gsm_cot", "--option", "sequential"]) == 0
     assert calls == [{"mmlu_0shot"}, {"gsm_cot"}]
-
-
-def test_dry_run_counts_and_writes_nothing(base, home, capsys, asked):
-    argv = [*base, "--tasks", "mmlu_5shot,gsm_cot,alpaca_farm"]
-    assert main([*argv, "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert asked == [] and not home.exists()
-    rows = {line.split()[0]: line.split() for line in out.splitlines()[2:-3]}
-    assert main([*argv, "--name", "x"]) == 0
-    for column in ("mmlu_5shot", "gsm_cot", "alpaca_farm"):
-        requests = lines(home / "x" / f"{column}.requests.jsonl")
-        assert rows[column][1:3] == [str(len(requests)), str(sum(r["n_tokens"] for r in requests))]
-    assert rows["gsm_cot"][5] == str(4 * 512) and rows["alpaca_farm"][-2] == "4" and rows["total"][-1] == "-"
-    assert main([*argv, "--dry-run"]) == 0
-    again = capsys.readouterr().out
-    row = next(line.split() for line in again.splitlines() if line.startswith("gsm_cot"))
-    answers = [c["n_generated"] for c in lines(home / "x" / "gsm_cot.completions.jsonl")]
-    assert row[5] == str(sum(answers)) and row[-1].count(":") == 2
-    assert f"output tokens and time: by {home / 'x'}" in again
-
-
-def test_cacheable_tokens_are_those_of_whole_blocks_of_an_earlier_prompt():
-    from array import array
-
-    from evalkit.dryrun import _cacheable
-
-    seen: set[int] = set()
-    first = array("i", range(10))
-    assert _cacheable(first, 4, seen) == 0
-    assert _cacheable(first, 4, seen) == 8
-    assert _cacheable(first[:8], 4, seen) == 4  # the last token is computed
-    assert _cacheable(first[:9], 4, seen) == 8
-    assert _cacheable(array("i", [*range(4), 9, 9, 9, 9, 8, 9, 10, 11, 0]), 4, seen) == 4
-    assert _cacheable(array("i", [7, *range(4, 10)]), 4, seen) == 0
 
 
 @pytest.mark.parametrize(("more", "said"), [
