@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, Protocol, TypeVar
 
 from evalkit.data import Source
@@ -157,10 +158,16 @@ class EndpointJudge:
             self._server.close()
 
     def _complete(self, bodies: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Completion]:
-        for reply in at_once(bodies, self._reply, AT_ONCE):
-            if reply.error:
-                raise EngineError(f"--judge {self.name}: {reply.error}")
-            yield reply
+        """The replies. Once one is refused no more is asked, but those on their way are waited for: they are paid."""
+        refused: list[str] = []
+        for reply in at_once(takewhile(lambda _: not refused, bodies), self._reply, AT_ONCE):
+            if not reply.error:
+                yield reply
+            else:
+                refused.append(reply.error)
+                self._server.close()
+        if refused:
+            raise EngineError(f"--judge {self.name}: {refused[0]}")
 
     def _reply(self, keyed: tuple[str, dict[str, Any]]) -> Completion:
         key, body = keyed

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from evalkit.engines.mock import Mock
+from evalkit.types import Completion, Request
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; waiting threads must not take the cores
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,3 +56,23 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "max_position_embeddings": 16384}))
     (folder / "model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
     return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that reach the mock engine from now on."""
+    seen: list[Request] = []
+    complete = Mock.complete
+
+    def watched(self: Mock, requests: Iterable[Request]) -> Iterator[Completion]:
+        for request in requests:
+            seen.append(request)
+            yield from complete(self, [request])
+
+    monkeypatch.setattr(Mock, "complete", watched)
+    return seen
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import lines
 
 from evalkit import probe
 from evalkit.cli import main
@@ -36,10 +36,6 @@ def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str,
     return rows, lines[2 + len(rows):]
 
 
-def stored(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def test_counts_are_the_runs_and_nothing_is_written(
         argv: list[str], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, notes = told(argv, capsys)
@@ -47,14 +43,14 @@ def test_counts_are_the_runs_and_nothing_is_written(
     assert main([*argv, "--name", "x"]) == 0
     run = tmp_path / "out" / tiny_model.name / "x"
     for column in COLUMNS:
-        requests = stored(run / f"{column}.requests.jsonl")
+        requests = lines(run / f"{column}.requests.jsonl")
         assert [rows[column][k] for k in ("requests", "prompt")] == [
             str(len(requests)), str(sum(r["n_tokens"] for r in requests))]
     assert rows["gsm_cot"]["output"] == str(4 * 512) and rows["alpaca_farm"]["judge"] == "4"
     assert rows["total"]["time"] == rows["total"]["price"] == "-"
     assert "time: not known (engine mock computes nothing)" in notes
     again, notes = told(argv, capsys)
-    assert again["gsm_cot"]["output"] == str(sum(c["n_generated"] for c in stored(run / "gsm_cot.completions.jsonl")))
+    assert again["gsm_cot"]["output"] == str(sum(c["n_generated"] for c in lines(run / "gsm_cot.completions.jsonl")))
     assert again["total"]["time"].count(":") == 2
     assert any(note.startswith(f"output tokens and time: by {run}") for note in notes)
 

@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import lines
 
 from evalkit.cli import main
 from evalkit.engines.mock import Mock
-from evalkit.types import Choose, Request
+from evalkit.types import Choose
 
 
 @pytest.fixture
@@ -20,25 +21,6 @@ def base(tiny_model, tmp_path) -> list[str]:
 @pytest.fixture
 def home(tiny_model, tmp_path) -> Path:
     return tmp_path / "out" / tiny_model.name
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[Request]:
-    """The requests that reach the engine."""
-    seen: list[Request] = []
-    complete = Mock.complete
-
-    def watched(self, requests):
-        for request in requests:
-            seen.append(request)
-            yield from complete(self, [request])
-
-    monkeypatch.setattr(Mock, "complete", watched)
-    return seen
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def mark(folder: Path, status: str) -> None:

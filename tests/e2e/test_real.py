@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import lines
 
 pytestmark = pytest.mark.real
 COMMAND = str(Path(sys.executable).with_name("evalkit"))
@@ -30,10 +31,6 @@ os.execv(sys.argv[1], sys.argv[1:])
 @pytest.fixture(scope="session", autouse=True)
 def vllm():
     pytest.importorskip("vllm", reason="vLLM is not installed")
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def evaluate(out: Path, data: str, *more: str) -> tuple[Path, str]:
