@@ -8,6 +8,7 @@ An engine is a module here and a line in ENGINES. Which one runs is asked for or
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -93,5 +94,11 @@ def prepare(name: str) -> str:
 def create(name: str, spec: EngineSpec) -> Engine:
     """The engine, started. InputError: it is not installed; StartError: it does not start (no memory)."""
     module, _, attribute = ENGINES[resolve(name)].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), attribute)(spec)
+    collecting = gc.isenabled()
+    gc.disable()  # loading makes millions of objects that stay; to search them for garbage took a tenth of it
+    try:
+        engine: Engine = getattr(importlib.import_module(module), attribute)(spec)
+    finally:
+        if collecting:
+            gc.enable()
     return engine
