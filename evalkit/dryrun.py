@@ -20,12 +20,14 @@ from typing import Any
 
 from evalkit import engines, plan, probe, prompts, store
 from evalkit import judge as judging
+from evalkit.engines.vllm_start import cpu_build
 from evalkit.errors import InputError
 from evalkit.plan import ColumnPlan, Plan
 from evalkit.probe import Speed
 from evalkit.types import Completion, Generate, Request, RunSpec
 
-BLOCK, WINDOW = 16, 64  # vLLM's tokens a block on GPUs; requests at once that evalkit asks of it on CPUs
+BLOCK, CPU_BLOCK = 16, 128  # tokens a block of vLLM's
+WINDOW = 64  # requests at once that evalkit asks of it on CPUs
 
 
 def estimate(spec: RunSpec) -> tuple[list[dict[str, str]], list[str]]:
@@ -34,7 +36,7 @@ def estimate(spec: RunSpec) -> tuple[list[dict[str, str]], list[str]]:
     engines.prepare(spec.engine)
     planned = plan.make(spec, weights=False)
     last, engine = _last_run(Path(spec.out) / planned.folder_name)
-    block = int(spec.engine_args.get("block_size") or engine.get("block_size") or BLOCK)
+    block = _block(spec, engine)
     window = int(spec.engine_args.get("max_num_seqs") or engine.get("max_num_seqs") or WINDOW)
     keys, blocks, few = set[str](), set[int](), list[Request]()
     found, total = {}, Counter[str]()
@@ -49,11 +51,19 @@ def estimate(spec: RunSpec) -> tuple[list[dict[str, str]], list[str]]:
         speed = Speed(last["rate"], last["rate"], str(engine["run"]))
     elif "no-probe" not in spec.options:
         speed = probe.measure(planned, few)
-    notes = [f"cacheable: whole blocks of {block} tokens with which an earlier prompt begins; "
-             f"KV memory: the {window} longest requests at once, in 16 bits, nothing shared",
+    shared = f"blocks of {block} tokens with which an earlier prompt begins" if block else "nothing, by this engine"
+    notes = [f"cacheable: {shared}; KV memory: the {window} longest requests at once, in 16 bits, nothing shared",
              *_said(speed, bool(last))]
     judge = [f"judge: {spec.judge}{price[2]}"] if total["judge"] else []
     return [_row(name, own, speed) for name, own in (*found.items(), ("total", total))], notes + judge
+
+
+def _block(spec: RunSpec, engine: Mapping[str, Any]) -> int:
+    """Tokens that the engine shares as a whole: a block of vLLM's; 0 where it shares none."""
+    if (spec.engine or "vllm") == "hf":
+        return 0
+    own = spec.engine_args.get("block_size") or engine.get("block_size")
+    return int(own) if own else CPU_BLOCK if cpu_build() else BLOCK
 
 
 def _said(speed: Speed | str, by_run: bool) -> list[str]:
@@ -119,6 +129,8 @@ def _price(spec: RunSpec) -> tuple[float, float, str]:
 
 def _cacheable(tokens: Any, block: int, seen: set[int]) -> int:
     """Tokens of the leading blocks that an earlier prompt had; the last token is computed in any case."""
+    if not block:
+        return 0
     chain = found = 0
     for at in range(0, len(tokens) - block + 1, block):
         chain = hash((chain, tokens[at:at + block].tobytes()))

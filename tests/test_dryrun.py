@@ -133,6 +133,15 @@ def test_cacheable_tokens_are_those_of_whole_blocks_of_an_earlier_prompt() -> No
     assert _cacheable(first[:9], 4, seen) == 8
     assert _cacheable(array("i", [*range(4), 9, 9, 9, 9, 8, 9, 10, 11, 0]), 4, seen) == 4
     assert _cacheable(array("i", [7, *range(4, 10)]), 4, seen) == 0
+    assert _cacheable(first, 0, seen) == 0  # an engine that shares nothing
+
+
+@pytest.mark.parametrize(("more", "block"), [
+    (["--engine-args", "block_size=64"], "blocks of 64 tokens"), (["--engine", "hf"], "nothing, by this engine")])
+def test_what_is_shared(argv: list[str], capsys: pytest.CaptureFixture[str], more: list[str], block: str) -> None:
+    rows, notes = told([*argv, "--no-probe", *more], capsys)
+    assert notes[0].startswith(f"cacheable: {block}")
+    assert (rows["mmlu_5shot"]["cacheable"] == "0.0") == ("hf" in more)
 
 
 def test_rounds_grow_until_one_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ reads the prefix cache. Written against vLLM 0.32; what older ones lack is probe
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import subprocess
 import sys
@@ -102,7 +101,7 @@ class Vllm:
             if self._guard is not None:
                 self._guard.kill()
                 self._guard.communicate()
-            gc.collect()
+            # collects garbage too: a second time by us would take half a second more
             importlib.import_module("vllm.distributed.parallel_state").cleanup_dist_env_and_memory()
         point_loggers("vllm", sys.stderr)
         self._closing.close()

