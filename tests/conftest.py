@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -71,8 +70,3 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 
     monkeypatch.setattr(Mock, "complete", watched)
     return seen
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

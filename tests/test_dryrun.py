@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lines
+from records import lines
 
 from evalkit import probe
 from evalkit.cli import main

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import lines
+from records import lines
 
 from evalkit.cli import main
 from evalkit.judge import label_of

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import lines
+from records import lines
 
 from evalkit.cli import main
 from evalkit.engines.mock import Mock

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import lines
+from records import lines
 
 from evalkit import checking, plan, runner
 from evalkit.cli import main

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import lines
+from records import lines
 
 pytestmark = pytest.mark.real
 COMMAND = str(Path(sys.executable).with_name("evalkit"))
