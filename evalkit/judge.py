@@ -98,7 +98,7 @@ class SelfJudge:
     def __init__(self, writer: Writer, identity: str, limit: int, engine: Engine, folder: RunFolder) -> None:
         assert writer.tokenizer is not None
         self._writer, self._identity, self._limit, self._engine = writer, identity, limit, engine
-        self._tokenizer, self._folder, self._column = writer.tokenizer, folder, _journal(writer.column.name)
+        self._tokenizer, self._folder, self._column = writer.tokenizer, folder, journal(writer.column.name)
         options = self._tokenizer.option_ids(LABELS, "after-blank")[0]
         self._ask = Choose(options)
 
@@ -139,7 +139,7 @@ class EndpointJudge:
 
     def __init__(self, model: str, url: str, column: str, folder: RunFolder) -> None:
         self.name = f"openai:{model}@{url}"
-        self._model, self._column, self._folder = model, _journal(column), folder
+        self._model, self._column, self._folder = model, journal(column), folder
         self._server = Endpoint(url, timeout=120.0)
 
     def judge(self, pairs: Sequence[Pair]) -> Iterator[Pair]:
@@ -188,7 +188,8 @@ def label_of(reply: str) -> str:
     return said[:1] if said in LABELS or said[:2] in ("A)", "B)", "A.", "B.") else ""
 
 
-def _journal(column: str) -> str:
+def journal(column: str) -> str:
+    """The name under which the replies about a column's answers are kept."""
     return f"{column}.judge"
 
 

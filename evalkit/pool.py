@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evalkit import engines, store
+from evalkit import judge as judging
 from evalkit.engines import Engine
 from evalkit.errors import EngineError, EvalkitError, RunError
 from evalkit.lint import Finding, Linter, allowed, refuse
@@ -158,7 +159,7 @@ def _reused(planned: Plan, folder: RunFolder) -> list[Completions]:
     if not path or not Path(path).is_dir():  # gone when the run is resumed: it has been copied by then
         return []
     for column in planned.columns:
-        name = f"{column.column.name}.judge"
+        name = judging.journal(column.column.name)
         have, there = folder.completions(name), RunFolder(Path(path)).completions(name)
         for key in there:
             if there.has(key) and not have.has(key):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from evalkit import engines
 from evalkit.engines import Engine
-from evalkit.errors import EvalkitError
+from evalkit.errors import EngineError, EvalkitError
 from evalkit.plan import Plan
 from evalkit.progress import say
 from evalkit.types import Completion, Generate, Request
@@ -92,4 +92,7 @@ def _tail(request: Request, number: int, new: int) -> Request:
 def _timed(engine: Engine, requests: Iterable[Request]) -> tuple[float, list[Completion]]:
     began = time.monotonic()
     answers = list(engine.complete(iter(requests)))
-    return max(time.monotonic() - began, 1e-6), [answer for answer in answers if not answer.error]
+    good = [answer for answer in answers if not answer.error]
+    if not good:
+        raise EngineError(f"the probe's requests fail: {answers[0].error}" if answers else "the engine gave no answer")
+    return max(time.monotonic() - began, 1e-6), good

@@ -37,9 +37,10 @@ def told(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str,
 
 
 def test_counts_are_the_runs_and_nothing_is_written(
-        argv: list[str], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        argv: list[str], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str],
+        asked: list[Request]) -> None:
     rows, notes = told(argv, capsys)
-    assert not (tmp_path / "out").exists()
+    assert asked == [] and not (tmp_path / "out").exists()
     assert main([*argv, "--name", "x"]) == 0
     run = tmp_path / "out" / tiny_model.name / "x"
     for column in COLUMNS:
@@ -115,6 +116,15 @@ def test_time_by_a_probe(argv: list[str], capsys: pytest.CaptureFixture[str], mo
     hours, minutes, rest = map(int, row["time"].split(":"))
     assert abs(3600 * hours + 60 * minutes + rest - seconds) < 1 + tokens * 0.0005 / 1000
     assert "time: not known (--no-probe)" in told([*argv, "--no-probe"], capsys)[1]
+
+
+def test_a_probe_without_answers_has_no_speed(
+        argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Mock(lambda request: Completion("", finish="error", error="busy"))
+    monkeypatch.setattr(probe, "at_hand", lambda planned: "")
+    monkeypatch.setattr(probe.engines, "create", lambda name, spec: broken)
+    rows, notes = told(argv, capsys)
+    assert rows["total"]["time"] == "-" and "time: not known (the probe's requests fail: busy)" in notes
 
 
 def test_an_engine_that_does_not_start_is_said(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:

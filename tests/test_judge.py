@@ -96,6 +96,7 @@ def test_a_reply_without_a_letter_is_unparsed(argv: list[str], run: Path, judge:
     main(argv)
     assert {pair["verdict"] for pair in lines(run / "alpaca_farm.pairs.jsonl")} == {"unparsed"}
     assert json.loads((run / "metrics.json").read_text())["columns"]["alpaca_farm"]["health"]["unparsed"] == 8
+    assert "no sample has a verdict" in (run / "metrics.json").read_text()
 
 
 def test_what_was_judged_before_it_refused_is_not_asked_again(

@@ -135,6 +135,7 @@ def test_reuse_takes_equal_keys_over(base, home, asked, capsys):
 @pytest.mark.parametrize(("change", "said"), [
     (["--engine", "replay"], "engine mock there, replay here"),
     (["--engine-args", "max_model_len=9000"], "context 16384 there, 9000 here"),
+    (["--answers", "others.jsonl"], "engine option answers none there, others.jsonl here"),
     (["--engine-args", "dtype=float32"], "engine option dtype none there, float32 here"),
     (["--reuse", "/no/such/run"], "not a run folder")])
 def test_reuse_refuses_what_no_key_tells(base, home, capsys, change, said):
