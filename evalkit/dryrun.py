@@ -73,8 +73,8 @@ def _said(speed: Speed | str, by_run: bool) -> list[str]:
     first = "output tokens: the recipe's maximum; no finished run of this model under --out tells more"
     if isinstance(speed, str):
         return [first, f"time: not known ({speed})"]
-    return [first, f"time: at most, by {speed.source}: {speed.prompt:.0f} prompt tokens computed and "
-                   f"{speed.new:.0f} tokens generated a second"]
+    return [first, f"time: by {speed.source}: {speed.prompt:.0f} prompt tokens computed and {speed.new:.0f} tokens "
+                   "generated a second in a full window, which a run of few samples does not fill"]
 
 
 def _column(column: ColumnPlan, keys: set[str], blocks: set[int], block: int, mean: float | None,

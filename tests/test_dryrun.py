@@ -107,7 +107,7 @@ def test_time_by_a_probe(argv: list[str], capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(probe.time, "monotonic", lambda: Slow.now)
     rows, notes = told(argv, capsys)
     assert Slow.closed == 1
-    said = next(note for note in notes if note.startswith("time: at most, by a probe of mock: 1000 prompt tokens"))
+    said = next(note for note in notes if note.startswith("time: by a probe of mock: 1000 prompt tokens"))
     new = probe.NEW / (probe.TAIL / 1000 + probe.NEW / 100)  # its prompts are read in the same time
     assert f"{new:.0f} tokens generated" in said
     row = rows["gsm_cot"]
